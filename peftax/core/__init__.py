@@ -1,0 +1,1 @@
+"""Trees to trees: paths, partitions, sites, methods."""

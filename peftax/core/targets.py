@@ -1,0 +1,69 @@
+"""Which modules a method touches, in Hugging Face's words: patterns over module names with layer numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+OUTPUT_HEADS = ("lm_head", "score", "classifier")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+    """A predicate over module names.
+
+    modules: a regex that matches the whole name, or a list of names and suffixes, or "all-linear" (every linear module but the
+             output head).
+    exclude: the same forms; wins over modules.
+    layers:  layer numbers (the first number in the name), only with a list of modules; None takes all.
+    """
+
+    modules: str | Sequence[str]
+    exclude: str | Sequence[str] | None = None
+    layers: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        if not self.modules:
+            raise ValueError("targets: empty; give a regex, a list of module names, or 'all-linear'")
+        if self.layers is not None and isinstance(self.modules, str) and self.modules != "all-linear":
+            raise ValueError("layers: works with a list of targets; with a regex put the numbers into it")
+        for value in (self.modules, self.exclude):
+            if isinstance(value, str) and value != "all-linear":
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"targets: {value!r} is no regular expression: {error}") from None
+
+    def match(self, name: str, kind: str) -> bool:
+        if self.exclude and _named(self.exclude, name):
+            return False
+        if self.modules == "all-linear":
+            hit = kind == "linear" and name.rsplit(".", 1)[-1] not in OUTPUT_HEADS
+        else:
+            hit = _named(self.modules, name)
+        if hit and self.layers is not None:
+            number = layer_number(name)
+            wanted = (self.layers,) if isinstance(self.layers, int) else self.layers
+            hit = number is not None and number in wanted
+        return hit
+
+
+def layer_number(name: str) -> int | None:
+    """The first number among the parts of a module's name."""
+    return next((int(p) for p in name.split(".") if p.isdigit()), None)
+
+
+def _named(pattern: str | Sequence[str], name: str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in pattern)
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the name, else the default."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

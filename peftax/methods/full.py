@@ -1,0 +1,27 @@
+"""Full fine-tuning: every leaf of the base trains; the yardstick of all the others.
+
+  W' = W,  all of W trainable
+
+Identity at init. Trainable: all, or what `targets` matches.
+Source: none; it is what the papers compare with.
+"""
+
+from __future__ import annotations
+
+import re
+
+from peftax.core import sites
+from peftax.core.method import Method
+
+
+def full(
+    *,
+    targets: str = ".*",  # regex over whole module names whose leaves train
+) -> Method:
+    """All leaves of the matching modules."""
+    config = dict(locals())
+
+    def chosen(name: str) -> bool:
+        return re.fullmatch(targets, name.rsplit(".", 1)[0]) is not None
+
+    return sites.select("full", chosen, config=config)

@@ -1,0 +1,1 @@
+"""Starting points that several methods share."""

@@ -1,0 +1,7 @@
+"""The environment that compiling for absent TPUs and GPUs needs, set before jax starts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with "cuda,cpu" jax looks for a driver and fails
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud's metadata server who we are
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu else locks out a second process
