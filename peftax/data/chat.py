@@ -1,7 +1,9 @@
 """One example (chat messages, or a prompt and its completion) to token ids and a loss mask.
 
-A chat is tokenized turn by turn: the generation prompt before each assistant turn, then what the template adds for that turn. So the ids the model is trained on after a prompt follow exactly the
-ids it will be prompted with, which is checked, not assumed. No bos or eos is added beyond what the template (or the completion's own text) holds.
+A chat is tokenized turn by turn: the generation prompt before each assistant turn, then what the
+template adds for that turn. So the ids the model is trained on after a prompt follow exactly the
+ids it will be prompted with, which is checked, not assumed. No bos or eos is added beyond what the
+template (or the completion's own text) holds.
 """
 
 import dataclasses
@@ -18,12 +20,15 @@ Span = tuple[int, int]
 class Example:
     """`tokens` [n] int32, `weights` [n] float32 on tokens: 1 where the token is to be learned.
 
-    `groups` [n] int32, where given, sorts those tokens for reports: 1 inside the spans that `encode` was given, 0 outside.
+    `row` is its place among the rows it was encoded from.
+    `groups` [n] int32, where given, sorts those tokens for reports: 1 inside the spans that
+    `encode` was given, 0 outside.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     groups: np.ndarray | None = None
+    row: int = -1
 
 
 @dataclasses.dataclass
@@ -34,18 +39,22 @@ class _Piece:
     offsets: list[Span]
 
 
-def prompt_ids(messages: Sequence[Mapping[str, Any]] | str, tokenizer: Any, **template: Any) -> list[int]:
+def prompt_ids(
+    messages: Sequence[Mapping[str, Any]] | str, tokenizer: Any, **template: Any
+) -> list[int]:
     """The ids to generate from: the generation prompt of a chat, or a plain text's own ids."""
     text = messages if isinstance(messages, str) else _render(messages, tokenizer, True, template)
     return _tokenize(text, tokenizer).ids
 
 
-def encode(row: Mapping[str, Any], tokenizer: Any, *, spans: Sequence[Span] | None = None) -> Example:
-    """`{"messages": [...]}` (and `"tools"`, if the template takes them) or `{"prompt", "completion"}` to an `Example`.
+def encode(row: Mapping[str, Any], tokenizer: Any) -> Example:
+    """One row, `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`, to an `Example`.
 
-    Every assistant turn counts, its end-of-turn token included, nothing else. `spans` are character spans of the last assistant turn's content (of the completion): tokens that
-    overlap one get group 1.
+    A chat may hold `"tools"` too, if its template takes them. Every assistant turn counts, its
+    end-of-turn token included, nothing else. `"spans"`, where given, are character spans of the
+    last assistant turn's content (of the completion): tokens that overlap one get group 1.
     """
+    spans = row.get("spans")
     chat = row.get("messages") is not None
     if chat:
         pieces, last = _chat(row, tokenizer)
@@ -57,7 +66,8 @@ def encode(row: Mapping[str, Any], tokenizer: Any, *, spans: Sequence[Span] | No
         pieces = [(prompt, False, row["prompt"]), (answer, True, row["prompt"] + content)]
     else:
         raise ValueError(
-            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: rename its columns"
+            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: "
+            "rename its columns"
         )
     ids: list[int] = []
     weights: list[float] = []
@@ -87,12 +97,12 @@ def encode_all(
     length: int,
     policy: str = "drop",
     split: str = "train",
-    spans: Any = None,
 ) -> tuple[list[Example], dict[str, Any]]:
-    """Encode every row under a length policy: `drop` long rows, `truncate` them on the right, or raise an `error`.
+    """Encode every row under a length policy.
 
-    Returns the examples and their counts: split, rows, kept, dropped, truncated, tokens, learned. A row whose answer a cut would remove altogether is dropped. `spans` is a
-    function of a row, see `encode`.
+    `drop` long rows, `truncate` them on the right, or raise an `error`. Returns the examples and
+    their counts: split, rows, kept, dropped, truncated, tokens, learned. A row whose answer a cut
+    would remove altogether is dropped.
     """
     if policy not in ("drop", "truncate", "error"):
         raise ValueError(f"length policy {policy!r} is none of: drop, truncate, error")
@@ -101,7 +111,7 @@ def encode_all(
     for number, row in enumerate(rows):
         counts["rows"] += 1
         try:
-            example = encode(row, tokenizer, spans=None if spans is None else spans(row))
+            example = dataclasses.replace(encode(row, tokenizer), row=number)
         except ValueError as err:
             raise ValueError(f"{split} row {number}: {err}") from err
         n = len(example.tokens)
@@ -124,7 +134,9 @@ def encode_all(
         counts,
     )
     if counts["rows"] and not examples:
-        raise ValueError(f"{split}: all {counts['rows']} rows are above {length} tokens: raise the context")
+        raise ValueError(
+            f"{split}: all {counts['rows']} rows are above {length} tokens: raise the context"
+        )
     return examples, counts
 
 
@@ -133,7 +145,7 @@ def truncate(example: Example, length: int) -> Example | None:
     if not example.weights[:length].any():
         return None
     groups = None if example.groups is None else example.groups[:length]
-    return Example(example.tokens[:length], example.weights[:length], groups)
+    return Example(example.tokens[:length], example.weights[:length], groups, example.row)
 
 
 def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bool, str]], int]:
@@ -153,14 +165,15 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bo
         full = _render(messages[: i + 1], tokenizer, False, template)
         if not prompt.startswith(done) or not full.startswith(prompt):
             raise ValueError(
-                f"the chat template is not prefix-stable: the text before turn {i} changes once that turn is "
-                "answered, so training and generation prompts would differ; use another chat template"
+                f"the chat template is not prefix-stable: the text before turn {i} changes once "
+                "it is answered, so training and generation prompts would differ; "
+                "use another chat template"
             )
         tokens = _tokenize(prompt, tokenizer)
         if tokens.ids[: len(ids)] != ids:
             raise ValueError(
                 f"the prompt of turn {i} does not tokenize to the ids trained on before it; "
-                "strip the space around the earlier assistant turns"
+                "strip the space around the earlier answers"
             )
         pieces.append((_Piece(tokens.ids[len(ids) :], tokens.offsets[len(ids) :]), False, prompt))
         answer = _continue(tokens, prompt, full, tokenizer)
@@ -173,7 +186,8 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bo
 def _render(messages: Any, tokenizer: Any, generate: bool, template: Mapping[str, Any]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "the tokenizer has no chat template: set tokenizer.chat_template, or give rows of prompt and completion"
+            "the tokenizer has no chat template: set tokenizer.chat_template, "
+            "or give rows of prompt and completion"
         )
     # A table's columns hold None where a message lacks a key; the template must not see those.
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
@@ -198,18 +212,18 @@ def _continue(prompt: _Piece, before: str, full: str, tokenizer: Any) -> _Piece:
     n = len(prompt.ids)
     if whole.ids[:n] == prompt.ids:
         return _Piece(whole.ids[n:], whole.offsets[n:])
-    # A token straddles the border ("A: " + "42"). Generation starts after the prompt's ids, so train on that.
+    # A token straddles the border ("A: " + "42"): train on what generation starts from.
     rest = _tokenize(full[len(before) :], tokenizer)
     if tokenizer.decode(prompt.ids + rest.ids) != tokenizer.decode(whole.ids):
         raise ValueError(
-            f"prompt and answer do not tokenize apart at {full[len(before) - 8 : len(before) + 8]!r}; "
+            f"prompt and answer do not tokenize apart at {full[len(before) - 8 :][:16]!r}; "
             "move the space between them into the answer"
         )
     return _Piece(rest.ids, [(a + len(before), b + len(before)) for a, b in rest.offsets])
 
 
 def _end_of_turn(ids: Sequence[int], tokenizer: Any) -> int:
-    """How many ids of an assistant piece belong to it: up to its last special token (eos first), else all."""
+    """How many ids of an assistant piece count: up to its last eos, or special token, or all."""
     special = set(tokenizer.all_special_ids)
     special |= {i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
     for stops in ({tokenizer.eos_token_id}, special):
@@ -228,7 +242,9 @@ def _overlaps(
     at = text.find(core, begin)
     start = at - (len(content) - len(content.lstrip()))
     if not core or at < 0:
-        raise ValueError("the chat template rewrites the assistant turn: its spans cannot be placed")
+        raise ValueError(
+            "the chat template rewrites the assistant turn: its spans cannot be placed"
+        )
     inside = np.zeros(len(text) + 1, np.int32)
     for a, b in spans:
         inside[max(start + a, 0) : start + b] = 1

@@ -1,9 +1,13 @@
-"""Function calling: the quickstart's task, from the Berkeley Function-Calling Leaderboard's wheel (Apache-2.0).
+"""Function calling: the quickstart's task and its scores.
 
-Single-turn, one call a question. A row is a dict of id, category, question, tools (each with name, description and a JSON schema), and `answer`: the function's name and, for each
-argument, the list of accepted values ("" among them: the argument may be left out). The answer to learn is a JSON list with the first accepted value of each argument.
+The data is the Berkeley Function-Calling Leaderboard's, out of its wheel (Apache-2.0). Single-turn,
+one call a question. A row is a dict of id, category, question, tools (each with name, description
+and a JSON schema), and `answer`: the function's name and, for each argument, the list of accepted
+values ("" among them: the argument may be left out). The answer to learn is a JSON list with the
+first accepted value of each argument.
 
-The system message is the same for every row and a row's tools stand in its user turn: so prompts with shots share their beginning, whose KV cache need be computed only once.
+The system message is the same for every row and a row's tools stand in its user turn: so prompts
+with shots share their beginning, whose KV cache need be computed only once.
 """
 
 import json
@@ -24,9 +28,10 @@ FILES = ("multiple", "live_multiple", "simple_python", "live_simple")
 SYSTEM = "Call the function that answers the question."
 FORMAT = (
     " Answer with a JSON list that holds one call and nothing else, like "
-    '[{"name":"function.name","arguments":{"parameter":"value"}}]. The functions are given as JSON: name, '
-    "description and the type or the allowed values of each parameter. A parameter whose name ends in ? is "
-    "optional (write its name without the ?): leave it out unless the question asks for it. No explanation, no code."
+    '[{"name":"function.name","arguments":{"parameter":"value"}}]. The functions are given as '
+    "JSON: name, description and the type or the allowed values of each parameter. A parameter "
+    "whose name ends in ? is optional (write its name without the ?): leave it out unless the "
+    "question asks for it. No explanation, no code."
 )
 DESCRIBE = ("tools", "short", "full")
 
@@ -37,14 +42,18 @@ DESCRIBE = ("tools", "short", "full")
 def load(wheel: str | os.PathLike[str]) -> list[Row]:
     """The usable rows of the wheel, duplicate questions dropped (case and spacing aside).
 
-    Rows whose own answer breaks their own rules (a required argument that has no value, a value for an unknown parameter) are left out: nobody could score on them.
+    Rows whose own answer breaks their own rules (a required argument that has no value, a value for
+    an unknown parameter) are left out: nobody could score on them.
     """
     rows: list[Row] = []
     asked: set[str] = set()
     dropped: Counter[str] = Counter()
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:
-            answers = {a["id"]: a["ground_truth"] for a in _lines(archive, f"possible_answer/BFCL_v4_{name}")}
+            answers = {
+                a["id"]: a["ground_truth"]
+                for a in _lines(archive, f"possible_answer/BFCL_v4_{name}")
+            }
             for raw in _lines(archive, f"BFCL_v4_{name}"):
                 row = _row(raw, answers.get(raw["id"]), name)
                 key = normalize(row["question"]) if row else ""
@@ -64,18 +73,23 @@ def normalize(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def split(rows: Sequence[Row], *, seed: int = 0, test: int = 240, valid: int = 100) -> dict[str, list[Row]]:
-    """Train, valid and test without leaks: rows that list a function of the same name fall into the same split.
+def split(
+    rows: Sequence[Row], *, seed: int = 0, test: int = 240, valid: int = 100
+) -> dict[str, list[Row]]:
+    """Train, valid and test without leaks.
 
-    So no function that is asked for or offered in test was ever seen in training. Connected components of more than a sixth of `test` rows (the giant one holds a third of
-    all) train only. Test and valid keep the share of rows with two or more tools that all rows have, as far as the components allow.
+    Rows that list a function of the same name fall into the same split: so no function that is
+    asked for or offered in test was ever seen in training. Connected components of more than a
+    sixth of `test` rows (the giant one holds 45% of all) train only. Test and valid keep the share
+    of rows with two or more tools that all rows have, as far as the components allow.
     """
-    parts = [p for p in components(rows)]
+    parts = components(rows)
     share = float(np.mean([len(r["tools"]) > 1 for r in rows]))
     out: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
     order = np.random.default_rng(seed).permutation(len(parts))
     want = {
-        k: {True: round(n * share), False: n - round(n * share)} for k, n in (("test", test), ("valid", valid))
+        k: {True: round(n * share), False: n - round(n * share)}
+        for k, n in (("test", test), ("valid", valid))
     }
     for part in (parts[int(i)] for i in order):
         many = sum(len(r["tools"]) > 1 for r in part)
@@ -91,7 +105,12 @@ def split(rows: Sequence[Row], *, seed: int = 0, test: int = 240, valid: int = 1
     for k in out:
         mixed = np.random.default_rng([seed, len(out[k])]).permutation(len(out[k]))
         out[k] = [out[k][int(i)] for i in mixed]
-        logging.info("%s: %d rows, %d with 2 or more tools", k, len(out[k]), sum(len(r["tools"]) > 1 for r in out[k]))
+        logging.info(
+            "%s: %d rows, %d with 2 or more tools",
+            k,
+            len(out[k]),
+            sum(len(r["tools"]) > 1 for r in out[k]),
+        )
     return out
 
 
@@ -137,19 +156,29 @@ def _row(raw: Mapping[str, Any], answer: Any, category: str) -> Row | None:
 # ---- prompt and answer ---------------------------------------------------------------------------
 
 
-def example(row: Row, *, describe: str = "tools") -> dict[str, list[Message]]:
-    """The row as a chat to learn: `{"messages": [system, user, assistant]}`."""
-    return {"messages": [*prompt(row, describe=describe), {"role": "assistant", "content": target(row)}]}
+def example(row: Row, *, describe: str = "tools", grouped: bool = False) -> dict[str, Any]:
+    """The row as a chat to learn: `{"messages": [system, user, assistant]}`.
+
+    `grouped` adds the spans of the argument values, for losses told apart.
+    """
+    answer = {"role": "assistant", "content": target(row)}
+    chat: dict[str, Any] = {"messages": [*prompt(row, describe=describe), answer]}
+    return {**chat, "spans": value_spans(row)} if grouped else chat
 
 
 def prompt(
     row: Row, *, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools"
 ) -> list[Message]:
-    """The chat up to the answer. `instructed` says the answer's format in words, for models not tuned on it."""
+    """The chat up to the answer.
+
+    `instructed` says the answer's format in words, for models not tuned on it.
+    """
     return [*prefix(instructed=instructed, shots=shots, describe=describe), _ask(row, describe)]
 
 
-def prefix(*, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools") -> list[Message]:
+def prefix(
+    *, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools"
+) -> list[Message]:
     """What the prompts of all rows begin with: the system message and the shots."""
     messages = [{"role": "system", "content": SYSTEM + (FORMAT if instructed else "")}]
     for shot in shots:
@@ -158,42 +187,62 @@ def prefix(*, instructed: bool = False, shots: Sequence[Row] = (), describe: str
 
 
 def pick_shots(train: Sequence[Row], count: int = 3) -> list[Row]:
-    """The shortest training rows with 2 or more tools and 2 or more arguments, all of different functions."""
-    able = [r for r in train if len(r["tools"]) > 1 and len(_first_arguments(r)) > 1]
+    """The shortest training rows with 2 or more tools and arguments, all of different functions.
+
+    Only rows whose values stand in the question: a shot should show the format, not a riddle.
+    """
+
+    def plain(row: Row) -> bool:
+        values = [str(v).lower() for v in _first_arguments(row).values()]
+        return len(values) > 1 and all(
+            re.search(rf"(?<!\w){re.escape(v)}(?!\w)", row["question"].lower()) for v in values
+        )
+
+    able = [r for r in train if len(r["tools"]) > 1 and plain(r)]
     shots: list[Row] = []
     names: set[str] = set()
-    for row in sorted(able, key=lambda r: (len(_ask(r, "full")["content"]) + len(target(r)), r["id"])):
+    for row in sorted(
+        able, key=lambda r: (len(_ask(r, "full")["content"]) + len(target(r)), r["id"])
+    ):
         mine = {t["name"] for t in row["tools"]}
         if len(shots) < count and not mine & names:
             shots.append(row)
             names |= mine
     if len(shots) < count:
-        raise ValueError(f"only {len(shots)} of {count} shots: too few training rows with 2 tools and 2 arguments")
+        raise ValueError(
+            f"only {len(shots)} of {count} shots: too few plain training rows with 2 tools"
+        )
     return shots
 
 
 def render_tools(tools: Sequence[Mapping[str, Any]], describe: str = "tools") -> str:
-    """Tools as compact JSON. `describe`: tools (no word on parameters), short (their first sentence), or full.
+    """Tools as compact JSON.
 
-    A parameter is its type, or the list of its allowed values; "?" after its name marks it as optional.
+    `describe` says how much is described: tools only, the parameters in short (their first
+    sentence), or all in full. A parameter is its type, or the list of its allowed values; "?" after
+    its name marks it as optional.
     """
     if describe not in DESCRIBE:
         raise ValueError(f"describe {describe!r} is none of: {', '.join(DESCRIBE)}")
     shown = [
-        {"name": t["name"], "description": t["description"], "parameters": _parameters(t["parameters"], describe)}
-        for t in tools
+        {
+            "name": tool["name"],
+            "description": tool["description"].strip(),
+            "parameters": _parameters(tool["parameters"], describe),
+        }
+        for tool in tools
     ]
     return _dump(shown)
 
 
 def target(row: Row) -> str:
-    """The answer to learn: `[{"name":...,"arguments":{...}}]`, arguments in the order of the function's parameters."""
+    """The answer to learn: `[{"name":...,"arguments":{...}}]`, arguments in the tool's order."""
     call = {"name": row["answer"]["name"], "arguments": _first_arguments(row)}
     return _dump([call])
 
 
 def value_spans(row: Row) -> list[tuple[int, int]]:
-    """Character spans of the argument values in `target(row)`; a string's quotes are not part of it."""
+    """Character spans of the argument values in `target(row)`, without a string's quotes."""
     at = len(_dump([{"name": row["answer"]["name"], "arguments": {}}])) - len("}}]")
     spans = []
     for key, value in _first_arguments(row).items():
@@ -207,13 +256,18 @@ def value_spans(row: Row) -> list[tuple[int, int]]:
 
 
 def _ask(row: Row, describe: str) -> Message:
-    return {"role": "user", "content": render_tools(row["tools"], describe) + "\n" + row["question"]}
+    return {
+        "role": "user",
+        "content": render_tools(row["tools"], describe) + "\n" + row["question"],
+    }
 
 
 def _parameters(schema: Mapping[str, Any], describe: str) -> dict[str, Any]:
     required = set(schema.get("required", ()))
     properties = schema.get("properties", {})
-    return {k + ("" if k in required else "?"): _parameter(p, describe) for k, p in properties.items()}
+    return {
+        k + ("" if k in required else "?"): _parameter(p, describe) for k, p in properties.items()
+    }
 
 
 def _parameter(schema: Mapping[str, Any], describe: str) -> Any:
@@ -244,7 +298,7 @@ def _first_arguments(row: Row) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """An accepted value with the lists of alternatives inside its dicts resolved to their first ones."""
+    """An accepted value, with each list of alternatives inside its dicts replaced by its first."""
     if isinstance(value, dict):
         first = {k: v[0] if isinstance(v, list) and v else v for k, v in value.items()}
         return {k: _plain(v) for k, v in first.items() if v != ""}
@@ -261,7 +315,10 @@ def _dump(value: Any) -> str:
 
 
 def score(text: str, row: Row) -> dict[str, bool]:
-    """Whether an answer parses as calls, names the right function (once), and matches in full."""
+    """Whether an answer parses as calls, names the right function (once), and matches in full.
+
+    The rules are those of the leaderboard's own checker, but that 3.0 passes for an integer 3.
+    """
     calls = parse(text)
     if calls is None:
         return {"parse": False, "name": False, "match": False}
@@ -272,8 +329,8 @@ def score(text: str, row: Row) -> dict[str, bool]:
 def parse(text: str) -> list[dict[str, Any]] | None:
     """The first JSON call or list of calls in a text; None if there is none.
 
-    Lenient in the baselines' favour: text or a code fence around it does not matter, and one call without its list will do. A call is an object with a "name" and
-    an object of "arguments".
+    Lenient in the baselines' favour: text or a code fence around it does not matter, and one call
+    without its list will do. A call is an object with a "name" and an object of "arguments".
     """
     decoder = json.JSONDecoder()
     for start in re.finditer(r"[\[{]", text):
@@ -287,8 +344,10 @@ def parse(text: str) -> list[dict[str, Any]] | None:
     return None
 
 
-def aggregate(scores: Iterable[Mapping[str, bool]], rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Rates of parse, name and match over all rows, and over those with one and with two or more tools."""
+def aggregate(
+    scores: Iterable[Mapping[str, bool]], rows: Iterable[Row]
+) -> dict[str, dict[str, float]]:
+    """Rates of parse, name and match: of all rows, of those with one tool, of those with 2+."""
     pairs = list(zip(scores, rows, strict=True))
     chosen = {
         "all": pairs,
@@ -296,7 +355,10 @@ def aggregate(scores: Iterable[Mapping[str, bool]], rows: Iterable[Row]) -> dict
         "2+ tools": [p for p in pairs if len(p[1]["tools"]) > 1],
     }
     return {
-        name: {"rows": len(some), **{k: float(np.mean([s[k] for s, _ in some])) for k in ("parse", "name", "match")}}
+        name: {
+            "rows": len(some),
+            **{k: float(np.mean([s[k] for s, _ in some])) for k in ("parse", "name", "match")},
+        }
         for name, some in chosen.items()
         if some
     }
@@ -313,7 +375,13 @@ def _is_call(value: Any) -> bool:
 def _match(given: Mapping[str, Any], row: Row) -> bool:
     accepted = row["answer"]["arguments"]
     schema = next((t["parameters"] for t in row["tools"] if t["name"] == row["answer"]["name"]), {})
-    if not set(given) <= set(schema.get("properties", {})):
+    properties = schema.get("properties", {})
+    if not set(given) <= set(properties):
+        return False
+    # "" among the accepted values means "left out"; given in words it is a value, of strings only.
+    if any(
+        v == "" and properties[k].get("type") not in ("string", "any") for k, v in given.items()
+    ):
         return False
     if not set(schema.get("required", ())) <= set(given):
         return False
@@ -347,5 +415,5 @@ def _same(value: Any, choice: Any) -> bool:
 
 
 def _loose(text: str) -> str:
-    """As lenient as the leaderboard's own checker: case, spaces and , . / - _ * ^ aside, one kind of quotes."""
+    """As lenient as the leaderboard's own checker: no case, no spaces or , . / - _ * ^."""
     return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')

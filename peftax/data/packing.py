@@ -1,6 +1,7 @@
 """Examples to rows of a fixed length: `pack` puts several into a row, `pad` one.
 
-Neither lets an example see or count another: positions restart and segment ids differ, and the last token of a segment has no target. Both hold the same (token, target, weight) triples.
+Neither lets an example see or count another: positions restart and segment ids differ, and the last
+token of a segment has no target. Both hold the same (token, target, weight) triples.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ Rows = dict[str, np.ndarray]
 
 
 def pack(examples: Sequence[Example], length: int, *, window: int = 64) -> Rows:
-    """Rows [N, length] of tokens, targets, weights, positions and segment ids (1, 2, ...; 0 is padding).
+    """Rows [N, length]: tokens, targets, weights, positions, segment ids (1, 2, ...; 0 is padding).
 
-    Best fit: each example, in the order given, goes into the fullest of the last `window` open rows that still holds it. The same examples give the same rows.
+    Best fit: each example, in the order given, goes into the fullest of the last `window` open rows
+    that still holds it. The same examples give the same rows.
     """
     if window < 1:
         raise ValueError(f"window is {window}: at least one row must be open")
@@ -55,7 +57,9 @@ def fill(rows: Rows) -> float:
 def _size(example: Example, length: int) -> int:
     n = len(example.tokens)
     if n > length:
-        raise ValueError(f"an example has {n} tokens, a row holds {length}: apply a length policy first")
+        raise ValueError(
+            f"an example has {n} tokens, a row holds {length}: apply a length policy first"
+        )
     return n
 
 

@@ -1,7 +1,8 @@
 """Rows to batches: shuffled anew each epoch by a seed, resumable at the exact batch.
 
-Examples are shuffled once (`shuffle`) and packed once; what is reshuffled each epoch is the packed rows. So who shares a row with whom stays fixed, which does not matter: examples of a
-row do not see each other.
+Examples are shuffled once (`shuffle`) and packed once; what is reshuffled each epoch is the packed
+rows. So who shares a row with whom stays fixed, which does not matter: examples of a row do not see
+each other.
 """
 
 import zlib
@@ -31,15 +32,16 @@ def batches(
     drop_remainder: bool = True,
     shuffled: bool = True,
 ) -> "Batches":
-    """An iterator over [batch_size, T] batches, or [accumulate, batch_size, T] where accumulate > 1.
+    """An iterator over batches: [batch_size, T], or [accumulate, batch_size, T] above 1.
 
-    `epochs=None` never ends. No batch crosses an epoch; the short last one is dropped, or filled up with empty rows (weight and segment 0) so that the step compiles once.
+    `epochs=None` never ends. No batch crosses an epoch; the short last one is dropped, or filled up
+    with empty rows (weight and segment 0) so that the step compiles once.
     """
     return Batches(rows, batch_size, seed, epochs, accumulate, drop_remainder, shuffled)
 
 
 class Batches(Iterator[Rows]):
-    """See `batches`. `get_state()` is a small JSON-able dict; `set_state()` refuses one of other data or settings."""
+    """See `batches`. `get_state()` is a small JSON-able dict; `set_state()` checks the data."""
 
     def __init__(
         self,
@@ -56,7 +58,9 @@ class Batches(Iterator[Rows]):
         n = len(rows["tokens"])
         whole = batch_size * accumulate
         if min(batch_size, accumulate) < 1:
-            raise ValueError(f"batch_size {batch_size} and accumulate {accumulate} must be at least 1")
+            raise ValueError(
+                f"batch_size {batch_size} and accumulate {accumulate} must be at least 1"
+            )
         if drop_remainder and n < whole:
             raise ValueError(
                 f"{n} rows do not fill one batch of {accumulate} x {batch_size}: "
@@ -94,7 +98,9 @@ class Batches(Iterator[Rows]):
         for name, array in self._rows.items():
             part = array[index]
             if len(part) < k * b:
-                part = np.concatenate([part, np.zeros((k * b - len(part), *part.shape[1:]), part.dtype)])
+                part = np.concatenate(
+                    [part, np.zeros((k * b - len(part), *part.shape[1:]), part.dtype)]
+                )
             batch[name] = part.reshape(k, b, *part.shape[1:]) if k > 1 else part
         return batch
 
@@ -110,7 +116,7 @@ class Batches(Iterator[Rows]):
         for key, mine in self._identity.items():
             if state.get(key) != mine:
                 raise ValueError(
-                    f"the saved data position is of {key} {state.get(key)!r}, this run has {mine!r}: "
+                    f"the saved data position has {key} {state.get(key)!r}, this run {mine!r}: "
                     "resume with the same data, seed and batch size"
                 )
         self._next = int(state["next"])

@@ -6,9 +6,12 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from peftax.core import tree
+from peftax.core.hf import Unsupported
 from peftax.core.method import Method
 
 
@@ -38,3 +41,17 @@ def make(name: str, **settings) -> Method:
         if key not in known:
             raise TypeError(f"{name}: no setting {key!r}; the nearest: {tree.nearest(key, known)}")
     return getattr(module(name), name)(**settings)
+
+
+def from_peft(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(method, its settings) of a Hugging Face adapter_config.json. Raises Unsupported naming the nearest."""
+    kind = config.get("peft_type")
+    formats = {name: module(name).HF for name in names() if hasattr(module(name), "HF")}
+    for name, form in formats.items():
+        if form.peft_type == kind and form.matches(config):
+            return name, form.read(config)
+    known = sorted({form.peft_type for form in formats.values()})
+    raise Unsupported(
+        f"peft_type {kind!r} is not supported; supported: {', '.join(known)}; "
+        f"the nearest: {tree.nearest(str(kind), known, 1)}"
+    )

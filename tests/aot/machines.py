@@ -12,8 +12,8 @@ from jax.experimental import topologies
 
 TARGETS = Path(__file__).parent / "targets"
 
-# Without a GPU nothing can be timed: choose GEMMs by rule, and by the library, as a tuned run
-# mostly does; the untimed choice of Triton tiles is arbitrary.
+# Without a GPU nothing can be timed, and untimed Triton tiles are arbitrary: give GEMMs to
+# cublasLt, with its whole workspace (32 MiB on an H100, 4 MiB on an A100).
 CUDA_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -74,8 +74,9 @@ def shard_bytes(tree) -> int:
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes of a compiled program on one device; "bytes" is what must fit.
 
-    The compiler's peak may miss arguments or temporaries, their sum may miss a peak: take the
-    larger. Workspaces that libraries allocate by themselves are in neither.
+    Neither of two figures bounds the other: the sum of the parts holds the gaps between buffers,
+    the compiler's peak holds, on a TPU, buffers that are not among the temporaries (it keeps them
+    in VMEM). Take the larger. Of libraries' workspaces only cublasLt's are counted.
     """
     m = compiled.memory_analysis()
     parts = {

@@ -1,0 +1,86 @@
+"""Where each array lies on a mesh with axes `data` and `fsdp`: base weights by rules, adapters by their AXES, the rest by theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peftax.core import tree
+from peftax.core.method import Method
+from peftax.core.sites import Sites, theta_of
+
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1: what is left.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp]
+    if sizes.count(-1) > 1:
+        raise ValueError("mesh: only one of data and fsdp may be -1")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh: data={sizes[0]} x fsdp={sizes[1]} is not the number of devices, {len(devices)}"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp"))
+
+
+def base_specs(
+    params: Mapping[str, Any], sites: Sites, mesh: Mesh, rules: Sequence[tuple[str, Any]] = ()
+) -> dict[str, PartitionSpec]:
+    """{path: spec} of the base: the first rule (regex on the path, spec) that matches, else the largest axis over fsdp.
+
+    Scanned axes are never split; an axis that fsdp does not divide stays whole.
+    """
+    size = mesh.shape["fsdp"]
+    specs = {}
+    for path, leaf in tree.flatten(params).items():
+        rule = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
+        if rule is not None:
+            specs[path] = PartitionSpec(*rule)
+            continue
+        skip = sum(path.startswith(stack + "/") for stack in sites.stacks)
+        own = leaf.shape[skip:]
+        axes: list[str | None] = [None] * leaf.ndim
+        fits = [i for i, n in enumerate(own) if n % size == 0]
+        if len(own) > 1 and fits:
+            axes[skip + max(fits, key=lambda i: own[i])] = "fsdp"
+        specs[path] = PartitionSpec(*axes)
+    return specs
+
+
+def theta_spec(path: str, shape: tuple[int, ...], method: Method, sites: Sites, base, mesh: Mesh):
+    """An adapter leaf follows its kernel: its "in" and "out" axes lie as the kernel's, every other axis is whole."""
+    site, _, axes = theta_of(path, method, sites)
+    kernel = list(base[site.kernel]) + [None] * (site.ndim - len(base[site.kernel]))
+    own = [kernel[len(site.stack) + p] for p in site.perm]
+    named = {"in": _first(own[: site.n_in]), "out": _first(own[site.n_in :])}
+    spec = [None] * len(site.stack) + [named.get(a) for a in axes]
+    spec += [None] * (len(shape) - len(spec))
+    whole = [s is not None and shape[i] % mesh.shape[s] for i, s in enumerate(spec)]
+    return PartitionSpec(*(None if w else s for s, w in zip(spec, whole, strict=True)))
+
+
+def _first(axes):
+    return next((a for a in axes if a is not None), None)
+
+
+def shardings(
+    part_tree: Mapping[str, Any], method: Method, sites: Sites, base: Mapping[str, Any], mesh: Mesh
+) -> dict[str, Any]:
+    """A tree of NamedSharding for one half of a partition; `base` is what base_specs gave."""
+    out = {}
+    for path, leaf in tree.flatten(part_tree).items():
+        spec = base[path] if path in base else theta_spec(path, leaf.shape, method, sites, base, mesh)
+        out[path] = NamedSharding(mesh, spec)
+    return tree.unflatten(out)

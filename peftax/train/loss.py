@@ -1,0 +1,48 @@
+"""Losses: (apply, params, batch, ctx) -> (sum over what counts, how much counts); the step divides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftax.core.method import Ctx
+from peftax.ops.cross_entropy import chunked_nll
+
+
+def causal_lm(
+    apply: Callable,
+    params: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    ctx: Ctx | None = None,
+    *,
+    chunk: int = 128,
+) -> tuple[jax.Array, jax.Array]:
+    """Next-token loss of a model with `hidden` and `head`, weighted by batch["weights"].
+
+    Args:
+      batch: tokens, targets, positions, segment_ids int32 [B, T]; weights f32 [B, T].
+      chunk: positions of the sequence whose logits exist at one time.
+    """
+    nll = token_losses(apply, params, batch, ctx, chunk=chunk)
+    return jnp.sum(nll * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def token_losses(apply, params, batch, ctx: Ctx | None = None, *, chunk: int = 128) -> jax.Array:
+    """f32 [B, T]: the loss of every counted token, 0 elsewhere."""
+    variables = {"params": params}
+    h, _ = apply(
+        variables,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        method="hidden",
+        ctx=ctx,
+    )
+
+    def head(h):
+        return apply(variables, h, method="head", ctx=ctx)
+
+    return chunked_nll(head, h, batch["targets"], batch["weights"], chunk=chunk)

@@ -1,0 +1,250 @@
+"""A base model's parameters: load, save, fingerprint.
+
+Loaded leaf by leaf onto their shards, saved as a Hugging Face folder, told apart by a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from safetensors.numpy import save_file
+
+from peftax.core import tree as trees
+from peftax.weights import names, source
+from peftax.weights.source import Source
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+
+def load(
+    weights: Source | str | Path,
+    abstract: trees.Tree,
+    *,
+    shardings: trees.Tree | None = None,
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """The tree `abstract` asks for, filled from `weights`, one leaf at a time.
+
+    Args:
+      weights: an open source, or what `weights.open` takes.
+      abstract: nested dict of shapes, as from jax.eval_shape of a model's init; layers scanned or
+        not.
+      shardings: nested dict of jax.sharding.Sharding; each process then reads only its own shards'
+        slices of the files.
+      dtype: of all floating leaves; None takes those of `abstract`.
+    """
+    weights = weights if isinstance(weights, Source) else source.open(weights)
+    leaves = list(names.walk(abstract))
+    _check(weights, leaves)
+    places = {} if shardings is None else trees.flatten(shardings)
+    if shardings is not None and places.keys() != {leaf.path for leaf in leaves}:
+        wrong = sorted(places.keys() ^ {leaf.path for leaf in leaves})
+        raise ValueError(f"shardings and parameters differ: {', '.join(wrong[:3])}")
+    params = {}
+    for leaf in leaves:
+        kind = leaf.dtype
+        if dtype is not None and jnp.issubdtype(kind, jnp.floating):
+            kind = np.dtype(jnp.dtype(dtype))
+        params[leaf.path] = _place(weights, leaf, kind, places.get(leaf.path))
+    return trees.unflatten(params)
+
+
+def _check(weights: Source, leaves: list[names.Leaf]) -> None:
+    """Every tensor is there in its shape, before the first is read; what is left over is named."""
+    try:
+        config = weights.config
+    except FileNotFoundError:  # a model of one's own needs none
+        config = {}
+    have = set(weights.names())
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise ValueError(
+            f"{weights.path}: quantized by {method}, which is not read; use the float weights"
+        )
+    missing = [name for leaf in leaves for name in leaf.names if name not in have]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        near = trees.nearest(missing[0], have)
+        raise ValueError(f"{weights.path}: holds no tensor {missing[0]!r}{more}; nearest: {near}")
+    for leaf in leaves:
+        for name in leaf.names:
+            if (shape := weights.shape(name)) != leaf.tensor_shape:
+                raise ValueError(
+                    f"{weights.path}: tensor {name!r} has shape {shape}, the model needs "
+                    f"{leaf.tensor_shape}; do config.json and weights belong together?"
+                )
+    unused = have.difference(*(leaf.names for leaf in leaves))
+    tied = config.get("tie_word_embeddings", False)
+    unused = sorted(
+        name
+        for name in unused
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+    )
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        first = ", ".join(unused[:3])
+        logging.warning("%s: not used by the model: %s%s", weights.path, first, more)
+
+
+def _place(weights: Source, leaf: names.Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(_read(weights, leaf, dtype, (slice(None),) * len(leaf.shape)))
+    parts: dict[Any, np.ndarray] = {}  # replicas of a shard are read once
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+        if key not in parts:
+            parts[key] = _read(weights, leaf, dtype, index)
+        return parts[key]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+
+def _read(
+    weights: Source, leaf: names.Leaf, dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """A block of a leaf; the slice over layers picks the files' tensors."""
+    spans = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+    block = np.empty([len(span) for span in spans], dtype)
+    own = [slice(span.start, span.stop) for span in spans[leaf.stacked :]]
+    inside = tuple(own[axis] for axis in leaf.order)
+    layers = spans[0] if leaf.stacked else (0,)
+    for part, layer in zip(block if leaf.stacked else (block,), layers, strict=True):
+        part[...] = leaf.to_tree(weights.read(leaf.names[layer], index=inside))
+    return block
+
+
+def save(
+    params: trees.Tree,
+    config: Mapping[str, Any],
+    into: str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a Hugging Face checkpoint folder; it appears under its name only when it is whole.
+
+    Args:
+      params: the tree; layers scanned or not, on any sharding this process can reach.
+      config: the checkpoint's config.json; dtype, architecture, untied head are brought up to date.
+      into: a folder that does not exist or is empty.
+      tokenizer: a transformers tokenizer to lay beside.
+      dtype: of the floating tensors in the file; None keeps each.
+      max_shard_bytes: a file's limit; one tensor above it gets a file of its own.
+    """
+    into = Path(into)
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise FileExistsError(f"{into}: exists; remove it or choose another folder")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    part = into.with_name(f".{into.name}.part{os.getpid()}")
+    part.mkdir()
+    try:
+        kind = _write_tensors(params, part, dtype, max_shard_bytes)
+        _write_config(params, config, kind, tokenizer, part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(part))
+        mode = (part / "config.json").stat().st_mode  # save_file makes files private
+        for file in part.glob("*.safetensors"):
+            file.chmod(mode)
+        part.replace(into)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return into
+
+
+def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np.dtype:
+    """Write the shards; returns the type of the floating tensors."""
+    flat, leaves = trees.flatten(params), list(names.walk(params))
+    target = None if dtype is None else np.dtype(jnp.dtype(dtype))
+
+    def stored(leaf: names.Leaf) -> np.dtype:
+        return target if target and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+
+    shards: list[list[tuple[names.Leaf, int]]] = [[]]
+    held = total = 0
+    for leaf in leaves:
+        size = int(np.prod(leaf.tensor_shape)) * stored(leaf).itemsize
+        for layer in range(len(leaf.names)):
+            if shards[-1] and held + size > limit:
+                shards.append([])
+                held = 0
+            shards[-1].append((leaf, layer))
+            held, total = held + size, total + size
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else source.SINGLE
+        tensors = {}
+        for leaf, parts in _by_leaf(shard):
+            whole = np.asarray(flat[leaf.path])
+            for layer in parts:
+                own = leaf.to_file(whole[layer] if leaf.stacked else whole)
+                # save_file writes the memory as it lies: it must be contiguous
+                tensors[leaf.names[layer]] = np.ascontiguousarray(own, dtype=stored(leaf)).reshape(
+                    own.shape
+                )
+        save_file(tensors, into / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        _dump(into / source.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    floats = [stored(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return floats[0] if floats else np.dtype(np.float32)
+
+
+def _by_leaf(shard: list[tuple[names.Leaf, int]]) -> Iterator[tuple[names.Leaf, list[int]]]:
+    layers: dict[str, tuple[names.Leaf, list[int]]] = {}
+    for leaf, layer in shard:
+        layers.setdefault(leaf.path, (leaf, []))[1].append(layer)
+    yield from layers.values()
+
+
+def _write_config(
+    params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, into: Path
+) -> None:
+    config = {k: v for k, v in config.items() if k != "quantization_config"}
+    # transformers 5 writes "dtype"; version 4 reads "torch_dtype"
+    config |= {"dtype": kind.name, "torch_dtype": kind.name}
+    if config.get("architectures") is None and config.get("model_type") in ARCHITECTURES:
+        config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    if "lm_head" in params:
+        config["tie_word_embeddings"] = False
+    _dump(into / "config.json", config)
+    ids = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key)
+        ids[key] = getattr(tokenizer, key, None) if value is None else value
+    if ids["eos_token_id"] is not None:
+        _dump(into / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+
+
+def _dump(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fingerprint(params: trees.Tree) -> str:
+    """A hash of every number, type and name; the same for any sharding, layers scanned or not."""
+    digests = {}
+    for leaf, x in zip(names.walk(params), trees.flatten(params).values(), strict=True):
+        whole = np.asarray(x)
+        for layer, name in enumerate(leaf.names):
+            own = np.ascontiguousarray(whole[layer] if leaf.stacked else whole)
+            digest = hashlib.blake2b(f"{leaf.tensor_shape} {leaf.dtype.name}".encode())
+            digest.update(own.reshape(-1).view(np.uint8))
+            digests[name] = digest.hexdigest()
+    return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()
