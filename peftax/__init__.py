@@ -1,0 +1,20 @@
+"""Parameter-efficient fine-tuning for JAX and Flax."""
+
+from peftax.core.method import Ctx, Method, Partition, chain
+from peftax.core.sites import Site, Sites, count, find, inject, register
+from peftax.core.tree import merge, split
+
+__all__ = [
+    "Ctx",
+    "Method",
+    "Partition",
+    "Site",
+    "Sites",
+    "chain",
+    "count",
+    "find",
+    "inject",
+    "merge",
+    "register",
+    "split",
+]

@@ -238,6 +238,7 @@ def per_kernel(
 
     def fold_tree(params, sites):
         flat = tree.flatten(params)
+        base = dict(flat)  # every site folds from the tables as they were
         folded = 0
         tables = [s.kernel for s in sites.values()]
         for site in sites.values():
@@ -246,15 +247,17 @@ def per_kernel(
             if not theta:
                 continue
             folded += 1
-            kernel, bias = _fold_site(fold, site, theta, flat)
             if tables.count(site.kernel) > 1:  # untie: the other site keeps the old table
                 head = next(s for s in sites.values() if s.kernel == site.kernel and s.kind == "head")
-                old = head.matrix(flat[site.kernel])[0]
+                own, table = f"{head.path}/kernel", base[site.kernel]
                 if site is head:
-                    kernel = head.matrix(kernel)[0]
-                    flat[f"{head.path}/kernel"] = kernel
+                    if own in base:
+                        table = head.unmatrix(base[own][None], table.shape)
+                    kernel, _ = _fold_site(fold, head, theta, {**base, site.kernel: table})
+                    flat[own] = head.matrix(kernel)[0]
                     continue
-                flat[f"{head.path}/kernel"] = flat.get(f"{head.path}/kernel", old)
+                flat.setdefault(own, head.matrix(table)[0])
+            kernel, bias = _fold_site(fold, site, theta, base)
             flat[site.kernel] = kernel
             if bias is not None and site.bias:
                 flat[site.bias] = bias

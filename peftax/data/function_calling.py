@@ -10,6 +10,7 @@ The system message is the same for every row and a row's tools stand in its user
 with shots share their beginning, whose KV cache need be computed only once.
 """
 
+import functools
 import json
 import os
 import re
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+
+from peftax.data import asset
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -417,3 +420,17 @@ def _same(value: Any, choice: Any) -> bool:
 def _loose(text: str) -> str:
     """As lenient as the leaderboard's own checker: no case, no spaces or , . / - _ * ^."""
     return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+
+
+# ---- as a task of a config -----------------------------------------------------------------------
+
+
+@functools.cache
+def splits(seed: int = 0) -> dict[str, list[Row]]:
+    """Train, valid and test rows; fetches the pinned wheel once."""
+    return split(load(asset.fetch(*asset.BFCL)), seed=seed)
+
+
+def examples(name: str) -> list[dict[str, Any]]:
+    """The chats of a split, as `config.data.task` reads them."""
+    return [example(row, grouped=True) for row in splits()[name]]

@@ -156,9 +156,7 @@ class Safetensors(Source):
         """{tensor: its file}."""
         if self.path.is_file():
             if self.path.suffix != ".safetensors":
-                raise ValueError(
-                    f"{self.path}: neither .safetensors nor .gguf; no other is read"
-                )
+                raise ValueError(f"{self.path}: neither .safetensors nor .gguf; no other is read")
             return dict.fromkeys(self._open(self.path).keys(), self.path)
         if (index := self.folder / INDEX).exists():
             files = {n: self.folder / f for n, f in _json(index)["weight_map"].items()}

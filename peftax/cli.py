@@ -1,0 +1,232 @@
+"""The command line: each command is one function below, thin over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+OVERRIDE = re.compile(r"--config\.([\w.]+)=(.*)", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; wrong input ends in one line on stderr and status 1."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    args, rest = _parser().parse_known_args(argv)
+    args.overrides = []
+    for word in rest:
+        found = OVERRIDE.fullmatch(word)
+        if not found or args.command != "train":
+            print(f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr)
+            return 2
+        args.overrides.append((found[1], found[2]))
+    from absl import logging
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
+    try:
+        return args.run(args) or 0
+    except (ValueError, KeyError, TypeError, OSError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) else str(error)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"peftax {args.command}: {text}{notes}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peftax", description="Parameter-efficient fine-tuning for JAX and Flax.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=about, description=about)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        sub.add_argument("--verbose", action="store_true", help="log what is going on")
+        return sub
+
+    def model(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
+        sub.add_argument("--base", required=True, help="Hugging Face folder, .gguf or .safetensors file, or hub id")
+        sub.add_argument("--adapter", required=adapter, help="adapter folder")
+        sub.add_argument("--dtype", default="float32", help="of activations and products")
+
+    sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
+    sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
+    sub.add_argument("--workdir", required=True, help="folder of the run; the same command goes on where it stopped")
+
+    sub = command(evaluate, "held-out loss of a base with or without an adapter")
+    model(sub, adapter=False)
+    sub.add_argument("--data", help="file or hub name with messages, or prompt and completion")
+    sub.add_argument("--split", default="test", help="split of the data or the task")
+    sub.add_argument("--task", help="a task instead of data, such as function_calling: also scores generations")
+    sub.add_argument("--limit", type=int, help="at most this many rows")
+    sub.add_argument("--length", type=int, default=1024, help="context, tokens")
+
+    sub = command(generate, "answer a prompt")
+    model(sub, adapter=False)
+    sub.add_argument("--prompt", required=True, action="append", help="user message; may be given several times")
+    sub.add_argument("--system", help="system message")
+    sub.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    sub.add_argument("--max-new-tokens", type=int, default=128)
+
+    sub = command(merge, "fold an adapter into the weights and write a Hugging Face checkpoint")
+    model(sub)
+    sub.add_argument("--into", required=True, help="folder to write")
+
+    sub = command(convert, "write a base, or with --adapter an adapter, as a Hugging Face folder")
+    model(sub, adapter=False)
+    sub.add_argument("--into", required=True, help="folder to write")
+
+    sub = command(count, "trainable and total numbers of an adapter, without allocating weights")
+    sub.add_argument("--model", required=True, help="config.json of the base")
+    sub.add_argument("--adapter", required=True, help="adapter folder or adapter_config.json")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(verify, "compare an adapter's logits with expected ones")
+    sub.add_argument("--base", help="Hugging Face folder or file of the base")
+    sub.add_argument("--adapter", help="adapter folder")
+    sub.add_argument("--inputs", help="ids.npy [B, T]")
+    sub.add_argument("--expect", help="logits.npy [B, T, V]; more rows than T: the last T are compared")
+    sub.add_argument("--cases", help="a folder of cases: config.json, base_model.safetensors, input_ids.npy, CASE/...")
+    sub.add_argument("--only", nargs="+", help="names of cases to run")
+    sub.add_argument("--atol", type=float, default=1e-5)
+    sub.add_argument("--rtol", type=float, default=1e-3, help="of the adapter's own effect")
+    sub.add_argument("--strict", action="store_true", help="with --cases: a skipped case fails")
+    return parser
+
+
+def train(args) -> None:
+    from peftax import recipe
+    from peftax.train import loop
+
+    config = recipe.load(args.config, args.overrides).to_dict()
+    print(json.dumps(loop.train(config, args.workdir)))
+
+
+def evaluate(args) -> None:
+    from peftax.data import chat, packing, source
+    from peftax.train import evaluate as scores
+    from peftax.train import setup
+
+    base = setup.open_base(path=args.base, dtype=args.dtype)
+    apply, params = _attached(base, args.adapter)
+    if args.task:
+        found = setup.examples(base, args.split, length=args.length, policy="drop", task=args.task, limit=args.limit)
+    elif args.data:
+        rows = source.load(args.data, split=args.split if not Path(args.data).exists() else "train")
+        rows = rows if args.limit is None else [rows[i] for i in range(min(args.limit, len(rows)))]
+        found, _ = chat.encode_all(rows, base.tokenizer, length=args.length, split=args.split)
+    else:
+        raise ValueError("give --data or --task")
+    print(json.dumps(scores.nll(apply, params, packing.pack(found, args.length))))
+
+
+def generate(args) -> None:
+    from peftax.data import chat
+    from peftax.train import setup
+    from peftax.train.generate import Generator
+
+    base = setup.open_base(path=args.base, dtype=args.dtype)
+    apply, params = _attached(base, args.adapter)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    prompts = [
+        chat.prompt_ids(text if args.raw else [*system, {"role": "user", "content": text}], base.tokenizer)
+        for text in args.prompt
+    ]
+    write = Generator(
+        apply,
+        base.model.init_cache,
+        max_new_tokens=args.max_new_tokens,
+        eos_ids=setup.eos_ids(base),
+        batch_size=min(8, len(prompts)),
+    )
+    for ids in write(params, prompts):
+        print(base.tokenizer.decode(ids))
+
+
+def merge(args) -> None:
+    from peftax import weights
+    from peftax.train import setup
+
+    base = setup.open_base(path=args.base, dtype=args.dtype)
+    run = setup.attach(base, args.adapter)
+    into = weights.save(run.method.fold(run.params, base.sites), base.config, args.into, tokenizer=base.tokenizer)
+    print(into)
+
+
+def convert(args) -> None:
+    from peftax import weights
+    from peftax.train import setup
+    from peftax.weights import adapters
+
+    base = setup.open_base(path=args.base, dtype=args.dtype)
+    if args.adapter:
+        run = setup.attach(base, args.adapter)
+        into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
+    else:
+        into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
+    print(into)
+
+
+def count(args) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from peftax import methods, models
+    from peftax.core import sites
+    from peftax.weights import adapters
+
+    model = models.build(json.loads(Path(args.model).read_text()), scan=False)
+    shapes = models.abstract(model)
+    found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    name, settings, _ = adapters.read_config(args.adapter)
+    n = sites.count(methods.make(name, **settings), shapes, found)
+    if args.json:
+        print(json.dumps(n))
+    else:
+        share = 100 * n["trainable"] / n["total"]
+        print(f"trainable {n['trainable']:,} of {n['total']:,} ({share:.4f}%), method {name}")
+
+
+def verify(args) -> int:
+    from peftax.weights import verification
+
+    if args.cases:
+        results = verification.cases(args.cases, only=args.only)
+    elif all((args.base, args.adapter, args.inputs, args.expect)):
+        results = [verification.one(args.base, args.adapter, args.inputs, args.expect)]
+    else:
+        raise ValueError("give --base, --adapter, --inputs and --expect, or --cases")
+    failed = 0
+    for r in results:
+        if r.skipped:
+            print(f"skip {r.case}: {r.skipped}")
+            failed += args.strict
+            continue
+        ok = r.difference <= args.atol + args.rtol * r.effect
+        failed += not ok
+        print(
+            f"{'ok  ' if ok else 'FAIL'} {r.case}: largest difference {r.difference:.3e}, effect {r.effect:.3e}, "
+            f"ratio {r.difference / max(r.effect, 1e-30):.1e}"
+        )
+    ran = sum(not r.skipped for r in results)
+    print(f"{ran} compared, {len(results) - ran} skipped, {failed} failed")
+    return int(bool(failed) or ran == 0)
+
+
+def _attached(base, adapter):
+    from peftax.train import setup
+
+    if not adapter:
+        return base.model.apply, base.params
+    run = setup.attach(base, adapter)
+    return run.apply, run.params
+
+
+if __name__ == "__main__":
+    sys.exit(main())

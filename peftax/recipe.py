@@ -1,0 +1,116 @@
+"""Recipes: a shipped config by name or a file by path, with overrides applied left to right."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from peftax import methods
+from peftax.core import tree
+
+
+def load(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> ml_collections.ConfigDict:
+    """The config of a recipe with the method's own defaults filled in and `("method.rank", "8")` pairs applied in order.
+
+    Choosing another method installs its defaults and drops every key of the one before.
+    """
+    config = _module(name_or_path).get_config()
+    config.unlock()
+    given = config.method.to_dict()
+    config.method = ml_collections.ConfigDict(_settings(given.pop("name"), given))
+    for key, text in overrides:
+        override(config, key, text)
+    config.lock()
+    return config
+
+
+def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    """Set one dotted key from its text. Raises KeyError naming the nearest key, ValueError for a wrong type."""
+    if key == "method.name":
+        config.method = ml_collections.ConfigDict(_settings(text, {}))
+        return
+    known = flat(config)
+    if key not in known:
+        raise KeyError(f"config has no key {key!r}; the nearest: {tree.nearest(key, known)}")
+    *path, last = key.split(".")
+    at = config
+    for part in path:
+        at = at[part]
+    old = at[last]
+    value = parse(text, old, key)
+    with at.ignore_type():
+        at[last] = value
+
+
+def parse(text: str, old: Any, key: str) -> Any:
+    """Text to a value that may stand in for `old`."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(old, str) and isinstance(value, bool | int | float):
+        return text
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wrong = (
+        isinstance(old, bool) != isinstance(value, bool)
+        if isinstance(old, bool)
+        else isinstance(old, int | float) and not isinstance(value, int | float | None)
+    )
+    if wrong or (isinstance(old, int) and isinstance(value, float)):
+        raise ValueError(f"config.{key}={text!r}: want a value like {old!r} ({type(old).__name__})")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 100, ...}"""
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict) and key not in (
+            "rank_pattern",
+            "alpha_pattern",
+        ):
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that travel with the package."""
+    return sorted(m.name for m in pkgutil.iter_modules(_configs().__path__) if m.name != "default")
+
+
+def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = methods.defaults(name)
+    for key in given:
+        if key not in known:
+            raise KeyError(f"method {name} has no setting {key!r}; the nearest: {tree.nearest(key, known)}")
+    return {"name": name, **known, **given}
+
+
+def _configs():
+    return importlib.import_module("peftax.configs")
+
+
+def _module(name_or_path: str):
+    path = Path(name_or_path)
+    if path.suffix == ".py":
+        if not path.exists():
+            raise FileNotFoundError(f"no recipe file {name_or_path}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    if name_or_path not in (*shipped(), "default"):
+        raise ValueError(
+            f"no recipe {name_or_path!r}; shipped: {', '.join(shipped())}; or give the path of a .py file"
+        )
+    return importlib.import_module(f"peftax.configs.{name_or_path}")

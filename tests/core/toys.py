@@ -1,0 +1,154 @@
+"""Small linen models that know nothing of peftax, one for each way to write a product."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Mlp(nn.Module):
+    """Dense, with and without a bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(7, name="up")(x))
+        return nn.Dense(3, use_bias=False, name="down")(x)
+
+
+class General(nn.Module):
+    """DenseGeneral over several axes, in and out."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.DenseGeneral((2, 5), name="split")(x)
+        x = nn.DenseGeneral((3, 2), axis=(-2, -1), name="both")(x)
+        return nn.DenseGeneral(4, axis=(1, -1), use_bias=False, name="across")(x)
+
+
+class Gemma(nn.Module):
+    """Attention's projections as in Gemma: kernels [N, D, H] and [N, H, D]."""
+
+    @nn.compact
+    def __call__(self, x):
+        q = nn.Einsum((2, 6, 4), "BTD,NDH->BTNH", use_bias=False, name="q_einsum")(x)
+        return nn.Einsum((2, 4, 6), "BTNH,NHD->BTD", use_bias=False, name="out_einsum")(nn.tanh(q))
+
+
+class Encoder(nn.Module):
+    """linen's own attention block."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm(name="norm")(x))
+        return nn.Dense(5, name="out")(x)
+
+
+class Cnn(nn.Module):
+    """Convolutions: strided, padded, dilated."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(5, (3, 2), strides=(2, 1), name="first")(x))
+        x = nn.relu(nn.Conv(4, (2, 2), padding=1, kernel_dilation=2, use_bias=False, name="second")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+class Head(nn.Module):
+    def __call__(self, x, table):
+        return table.attend(x)
+
+
+class Tied(nn.Module):
+    """One table, two sites: the lookup and the head. `tied=False` has a head of its own."""
+
+    tied: bool = True
+
+    def setup(self):
+        self.embed = nn.Embed(11, 6)
+        self.mix = nn.Dense(6)
+        self.lm_head = Head() if self.tied else nn.Dense(11, use_bias=False)
+
+    def __call__(self, ids):
+        h = nn.tanh(self.mix(self.embed(ids)))
+        return self.lm_head(h, self.embed) if self.tied else self.lm_head(h)
+
+
+class Attend(nn.Module):
+    """A tied head whose caller holds the table."""
+
+    def setup(self):
+        self.embed = nn.Embed(11, 6)
+
+    def __call__(self, ids):
+        return self.embed.attend(nn.tanh(self.embed(ids)))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(6, name="down")(nn.tanh(nn.Dense(9, name="up")(x))), None
+
+
+class Stack(nn.Module):
+    """Three blocks: in one scan with remat, or one after the other."""
+
+    scan: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scan:
+            scanned = nn.scan(
+                nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            return scanned(name="layers")(x, None)[0]
+        return Unrolled(name="layers")(x)
+
+
+class Unrolled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x, _ = Block(name=str(i))(x, None)
+        return x
+
+
+def _floats(*shape):
+    return jax.random.normal(jax.random.key(7), shape)
+
+
+IDS = jnp.array([[1, 4, 10, 0, 3], [9, 2, 2, 8, 6]])
+ALL = {
+    "mlp": (Mlp(), _floats(2, 5)),
+    "general": (General(), _floats(2, 3, 5)),
+    "gemma": (Gemma(), _floats(2, 3, 6)),
+    "encoder": (Encoder(), _floats(2, 3, 6)),
+    "cnn": (Cnn(), _floats(2, 7, 6, 3)),
+    "tied": (Tied(), IDS),
+    "attend": (Attend(), IDS),
+    "scan": (Stack(), _floats(2, 6)),
+    "unrolled": (Stack(scan=False), _floats(2, 6)),
+}
+
+
+def build(name):
+    """(model, params, input)."""
+    model, x = ALL[name]
+    return model, model.init(jax.random.key(0), x)["params"], x
+
+
+def perturb(trainable, seed=1):
+    """Noise of the leaf's own size (0.3 where it is zero): away from the identity, unlike in every layer."""
+    leaves, shape = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = []
+    for key, x in zip(keys, leaves, strict=True):
+        size = jnp.sqrt(jnp.mean(x * x))
+        size = jnp.where(size > 0, size, 0.3)
+        noisy.append(x + size * jax.random.normal(key, x.shape, x.dtype))
+    return jax.tree.unflatten(shape, noisy)
+
+
+def close(a, b, tolerance):
+    """The largest difference relative to the largest value."""
+    size = max(float(jnp.abs(a).max()), float(jnp.abs(b).max()), 1e-30)
+    worst = float(jnp.abs(a - b).max()) / size
+    assert worst <= tolerance, f"{worst:.2e} > {tolerance:.0e}"
