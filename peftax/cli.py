@@ -123,7 +123,8 @@ def evaluate(args) -> None:
         found, _ = chat.encode_all(rows, base.tokenizer, length=args.length, split=args.split)
     else:
         raise ValueError("give --data or --task")
-    print(json.dumps(scores.nll(apply, params, packing.pack(found, args.length))))
+    found = scores.nll(apply, params, packing.pack(found, args.length))
+    print(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
 
 
 def generate(args) -> None:

@@ -75,7 +75,7 @@ def _dense(module: nn.Dense, method_name: str, args: tuple, kwargs: dict) -> Vie
 
 
 def _dense_general(module: nn.DenseGeneral, method_name, args, kwargs) -> View | None:
-    if method_name != "__call__" or module.batch_dims:
+    if method_name != "__call__" or module.batch_dims not in ((), []):
         return None
     features = (module.features,) if isinstance(module.features, int) else tuple(module.features)
     axis = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)

@@ -33,16 +33,17 @@ def causal_lm(
 def token_losses(apply, params, batch, ctx: Ctx | None = None, *, chunk: int = 128) -> jax.Array:
     """f32 [B, T]: the loss of every counted token, 0 elsewhere."""
     variables = {"params": params}
+    more = {} if ctx is None else {"ctx": ctx}  # a plain model.apply takes none
     h, _ = apply(
         variables,
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"],
         method="hidden",
-        ctx=ctx,
+        **more,
     )
 
     def head(h):
-        return apply(variables, h, method="head", ctx=ctx)
+        return apply(variables, h, method="head", **more)
 
     return chunked_nll(head, h, batch["targets"], batch["weights"], chunk=chunk)

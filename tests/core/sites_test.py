@@ -14,10 +14,7 @@ from tests.core import toys
 MODELS = sorted(toys.ALL)
 
 
-def found(name):
-    model, params, x = toys.build(name)
-    return model, params, x, sites.find(model.apply, params, x)
-
+found = toys.found
 
 # path -> (kind, [in, out], the kernel's leaf, has a bias, stack)
 EXPECTED = {
@@ -110,8 +107,8 @@ def test_inject_sees_the_products_that_the_model_computes(name):
     """x @ w + b by views is the module's own result, and LoRA at init is the identity."""
     model, params, x, all_sites = found(name)
     method = lora(targets=".*", rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
-    adapted = sites.inject(model.apply, method)({"params": tree.merge(frozen, trainable)}, x)
+    frozen, trainable = toys.start(method, params, all_sites)
+    adapted = toys.run(model, method, tree.merge(frozen, trainable), x)
     toys.close(adapted, model.apply({"params": params}, x), 1e-5 if name == "cnn" else 1e-6)
     held = {p.split("/lora/")[0] for p in tree.flatten(trainable)}
     assert held == set(all_sites)
@@ -121,10 +118,10 @@ def test_inject_sees_the_products_that_the_model_computes(name):
 def test_fold_law(name):
     model, params, x, all_sites = found(name)
     method = lora(targets=".*", rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
-    adapted = sites.inject(model.apply, method)({"params": merged}, x)
-    folded = method.fold(merged, all_sites)
+    adapted = toys.run(model, method, merged, x)
+    folded = toys.fold(method, merged, all_sites)
     assert jax.tree.structure(folded) == jax.tree.structure(params)
     toys.close(adapted, model.apply({"params": folded}, x), 1e-5)
     before, after = tree.flatten(params), tree.flatten(folded)
@@ -140,10 +137,10 @@ def test_fold_law(name):
 def test_folding_a_tied_site_unties(targets):
     model, params, ids, all_sites = found("tied")
     method = lora(targets=targets, rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
-    adapted = sites.inject(model.apply, method)({"params": merged}, ids)
-    folded = method.fold(merged, all_sites)
+    adapted = toys.run(model, method, merged, ids)
+    folded = toys.fold(method, merged, all_sites)
     toys.close(adapted, toys.Tied(tied=False).apply({"params": folded}, ids), 1e-5)
     moved = (folded["embed"]["embedding"] != params["embed"]["embedding"]).any()
     assert moved == ("embed" in targets)
@@ -154,7 +151,7 @@ def test_folding_a_tied_site_unties(targets):
 def test_folding_elsewhere_leaves_the_tie():
     _, params, _, all_sites = found("tied")
     method = lora(targets=["mix"])
-    folded = method.fold(tree.merge(*method.init(jax.random.key(0), params, all_sites)), all_sites)
+    folded = method.fold(tree.merge(*toys.start(method, params, all_sites)), all_sites)
     assert jax.tree.structure(folded) == jax.tree.structure(params)
 
 
@@ -162,10 +159,10 @@ def test_folding_elsewhere_leaves_the_tie():
 def test_folding_a_head_inside_the_tables_module(targets):
     model, params, ids, all_sites = found("attend")
     method = lora(targets=targets, rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
-    adapted = sites.inject(model.apply, method)({"params": merged}, ids)
-    folded = method.fold(merged, all_sites)["embed"]
+    adapted = toys.run(model, method, merged, ids)
+    folded = toys.fold(method, merged, all_sites)["embed"]
     toys.close(adapted, nn.tanh(folded["embedding"][ids]) @ folded["attend"]["kernel"], 1e-5)
 
 
@@ -173,11 +170,11 @@ def test_conv_patches_stand_in_the_kernels_order():
     """A LoRA of full rank set to a known ΔW acts as that convolution."""
     model, params, x, all_sites = found("cnn")
     method = lora(targets=["first"], rank=5, alpha=5.0)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     delta = jax.random.normal(jax.random.key(5), params["first"]["kernel"].shape)
     leaves = trainable["first"]["lora"]["default"]
     leaves["a"], leaves["b"] = delta.reshape(-1, 5), jnp.eye(5)
-    adapted = sites.inject(model.apply, method)({"params": tree.merge(frozen, trainable)}, x)
+    adapted = toys.run(model, method, tree.merge(frozen, trainable), x)
     moved = {**params, "first": {**params["first"], "kernel": params["first"]["kernel"] + delta}}
     toys.close(adapted, model.apply({"params": moved}, x), 1e-5)
 
@@ -188,8 +185,8 @@ def test_init_is_the_same_scanned_and_unrolled():
     layers = scanned[1]["layers"]
     unrolled = {"layers": {str(i): jax.tree.map(lambda v, i=i: v[i], layers) for i in range(3)}}
     method = lora(rank=2)
-    one = tree.merge(*method.init(jax.random.key(3), scanned[1], all_sites))["layers"]
-    other = tree.merge(*method.init(jax.random.key(3), unrolled, found("unrolled")[-1]))["layers"]
+    one = tree.merge(*toys.start(method, scanned[1], all_sites, 3))["layers"]
+    other = tree.merge(*toys.start(method, unrolled, found("unrolled")[-1], 3))["layers"]
     for i in range(3):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda v, i=i: v[i], one), other[str(i)])
 
@@ -200,17 +197,18 @@ def test_init_is_the_same_scanned_and_unrolled():
 def test_some_layers_under_a_scan():
     model, params, x, all_sites = found("scan")
     method = lora(targets=["up"], layers=[1], rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     a = trainable["layers"]["up"]["lora"]["default"]["a"]
     assert a.shape == (3, 6, 2) and not a[0].any() and a[1].any() and not a[2].any()
 
     def loss(trainable):
         merged = tree.merge(frozen, trainable)
-        return jnp.sum(sites.inject(model.apply, method)({"params": merged}, x) ** 2)
+        return jnp.sum(toys.run(model, method, merged, x) ** 2)
 
     gradient = jax.jit(jax.grad(loss))(trainable)["layers"]["up"]["lora"]["default"]
     assert gradient["b"][1].any() and not gradient["b"][0].any() and not gradient["b"][2].any()
-    folded = method.fold(tree.merge(frozen, toys.perturb(trainable)), all_sites)["layers"]["up"]["kernel"]
+    merged = tree.merge(frozen, toys.perturb(trainable))
+    folded = toys.fold(method, merged, all_sites)["layers"]["up"]["kernel"]
     same = (folded == params["layers"]["up"]["kernel"]).all((1, 2))
     assert same.tolist() == [True, False, True]
 
@@ -219,9 +217,9 @@ def test_a_selection_of_layers_inside_one_array_is_refused():
     _, params, _, all_sites = found("scan")
     method = sites.select("some", lambda name: name == "layers.1.up.bias")
     with pytest.raises(ValueError, match=r"layers/up/bias.*1 of 3.*scan=False"):
-        method.init(jax.random.key(0), params, all_sites)
+        toys.start(method, params, all_sites)
     _, params, _, all_sites = found("unrolled")
-    part = method.init(jax.random.key(0), params, all_sites)
+    part = toys.start(method, params, all_sites)
     assert list(tree.flatten(part.trainable)) == ["layers/1/up/bias"]
 
 
@@ -261,10 +259,10 @@ def test_inject_without_theta():
 def test_an_adapter_that_is_never_reached():
     model, params, x, all_sites = found("mlp")
     method = lora(rank=2)
-    merged = tree.merge(*method.init(jax.random.key(0), params, all_sites))
+    merged = tree.merge(*toys.start(method, params, all_sites))
     merged["upp"] = {"lora": merged["up"]["lora"]}
     with pytest.raises(ValueError, match=r"never reached 'upp/lora' \(1 of 3 adapters\).*'up/lora'"):
-        sites.inject(model.apply, method)({"params": merged}, x)
+        toys.run(model, method, merged, x)
 
 
 def test_an_adapter_of_another_name():
@@ -289,9 +287,9 @@ def test_inject_works_inside_jit_and_after_the_plain_model_was_compiled():
     plain = jax.jit(lambda p, x: model.apply({"params": p}, x))
     base = plain(params, x)
     method = lora(rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
-    seen = jax.jit(lambda p, x: sites.inject(model.apply, method)({"params": p}, x))(merged, x)
+    seen = jax.jit(lambda p, x: toys.run(model, method, p, x))(merged, x)
     assert float(jnp.abs(seen - base).max()) > 1e-2
     toys.close(plain(params, x), base, 0)
 
@@ -316,7 +314,7 @@ class Mine(nn.Module):
 def test_a_registered_module_is_a_site(monkeypatch):
     monkeypatch.setattr(views, "_VIEWS", dict(views._VIEWS))
     x = jnp.ones((2, 5))
-    params = Mine().init(jax.random.key(0), x)["params"]
+    params = toys.numbers(jax.eval_shape(Mine().init, jax.random.key(0), x)["params"])
     assert set(sites.find(Mine().apply, params, x)) == {"out"}
 
     def view(module, method_name, args, kwargs):
@@ -327,7 +325,7 @@ def test_a_registered_module_is_a_site(monkeypatch):
     all_sites = sites.find(Mine().apply, params, x)
     assert all_sites["scaled"].shape == (5, 4)
     method = lora(targets=["scaled"], rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
     adapted = sites.inject(Mine().apply, method)({"params": merged}, x)
     toys.close(adapted, Mine().apply({"params": method.fold(merged, all_sites)}, x), 1e-5)
@@ -343,43 +341,43 @@ def test_a_subclass_is_its_parents_site():
             return Own(3, name="own")(x)
 
     x = jnp.ones((2, 5))
-    assert set(sites.find(Holder().apply, Holder().init(jax.random.key(0), x)["params"], x)) == {"own"}
+    params = jax.eval_shape(Holder().init, jax.random.key(0), x)["params"]
+    assert set(sites.find(Holder().apply, params, x)) == {"own"}
 
 
 def test_two_adapters_stand_on_one_base():
     model, params, x, all_sites = found("mlp")
     red, blue = lora(adapter="red", rank=2), lora(adapter="blue", rank=3)
-    frozen, first = red.init(jax.random.key(0), params, all_sites)
-    frozen, second = blue.init(jax.random.key(1), frozen, all_sites)
+    frozen, first = toys.start(red, params, all_sites)
+    frozen, second = toys.start(blue, frozen, all_sites, 1)
     merged = tree.merge(frozen, toys.perturb(first, 1), toys.perturb(second, 2))
-    one = sites.inject(model.apply, red)({"params": merged}, x)
-    other = sites.inject(model.apply, blue)({"params": merged}, x)
+    one = toys.run(model, red, merged, x)
+    other = toys.run(model, blue, merged, x)
     alone = {k: {**v, "lora": {"red": v["lora"]["red"]}} for k, v in merged.items()}
-    toys.close(one, sites.inject(model.apply, red)({"params": alone}, x), 0)
+    toys.close(one, toys.run(model, red, alone, x), 0)
     assert float(jnp.abs(one - other).max()) > 1e-2
 
 
 def test_dropout_keys_differ_by_site_and_layer_and_agree_between_scan_and_unrolled():
     model, params, x, all_sites = found("scan")
     method = lora(rank=2, dropout=0.5)
-    frozen, trainable = method.init(jax.random.key(0), params, all_sites)
+    frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
-    run = sites.inject(model.apply, method)
-    ctx = Ctx(key=jax.random.key(9))
-    scanned = run({"params": merged}, x, ctx=ctx)
+    key = jax.random.key(9)
+    scanned = toys.run(model, method, merged, x, ctx=Ctx(key=key))
     layers = merged["layers"]
     unrolled = {"layers": {str(i): jax.tree.map(lambda v, i=i: v[i], layers) for i in range(3)}}
-    other = sites.inject(toys.Stack(scan=False).apply, method)({"params": unrolled}, x, ctx=ctx)
+    other = toys.run(toys.Stack(scan=False), method, unrolled, x, ctx=Ctx(key=key))
     toys.close(scanned, other, 1e-6)
-    assert float(jnp.abs(scanned - run({"params": merged}, x)).max()) > 1e-2  # no key: no dropout
-    assert float(jnp.abs(scanned - run({"params": merged}, x, ctx=Ctx(key=jax.random.key(8)))).max()) > 1e-2
+    for ctx in (None, Ctx(key=jax.random.key(8))):  # no key: no dropout
+        assert float(jnp.abs(scanned - toys.run(model, method, merged, x, ctx=ctx)).max()) > 1e-2
 
 
 def test_chain_of_kernels_and_leaves():
     _, params, _, all_sites = found("mlp")
     biases = sites.select("biases", lambda name: name.endswith(".bias"))
     both = chain(lora(rank=2), biases)
-    part = both.init(jax.random.key(0), params, all_sites)
+    part = toys.start(both, params, all_sites)
     assert "up/bias" in tree.flatten(part.trainable) and "up/lora/default/a" in tree.flatten(part.trainable)
     with pytest.raises(ValueError, match="both trees hold"):
         twice = dataclasses.replace(biases, init=lambda k, p, s: biases.init(k, params, s))

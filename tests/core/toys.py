@@ -1,8 +1,13 @@
 """Small linen models that know nothing of peftax, one for each way to write a product."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from peftax.core import sites
 
 
 class Mlp(nn.Module):
@@ -112,7 +117,7 @@ class Unrolled(nn.Module):
 
 
 def _floats(*shape):
-    return jax.random.normal(jax.random.key(7), shape)
+    return jnp.asarray(np.random.default_rng(7).standard_normal(shape), jnp.float32)
 
 
 IDS = jnp.array([[1, 4, 10, 0, 3], [9, 2, 2, 8, 6]])
@@ -129,22 +134,55 @@ ALL = {
 }
 
 
+@functools.cache
 def build(name):
     """(model, params, input)."""
     model, x = ALL[name]
-    return model, model.init(jax.random.key(0), x)["params"], x
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    return model, numbers(shapes), x
+
+
+def numbers(shapes, seed=0):
+    """Any values, of a size that keeps activations near 1; numpy draws them without a compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(s):
+        size = 0.1 if len(s.shape) < 2 else 1 / np.sqrt(s.shape[-2])
+        return jnp.asarray(rng.normal(0, size, s.shape) + (len(s.shape) < 2), s.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+@functools.cache
+def found(name):
+    """(model, params, input, sites)."""
+    model, params, x = build(name)
+    return model, params, x, sites.find(model.apply, params, x)
+
+
+def start(method, params, all_sites, seed=0):
+    """The method's partition; one compile is faster than many small programs."""
+    return jax.jit(lambda key, p: method.init(key, p, all_sites))(jax.random.key(seed), params)
+
+
+def fold(method, merged, all_sites):
+    return jax.jit(lambda p: method.fold(p, all_sites))(merged)
+
+
+def run(model, method, params, x, **kwargs):
+    """The adapted model's output."""
+    return jax.jit(lambda p, x: sites.inject(model.apply, method)({"params": p}, x, **kwargs))(params, x)
 
 
 def perturb(trainable, seed=1):
     """Noise of the leaf's own size (0.3 where it is zero): away from the identity, unlike in every layer."""
-    leaves, shape = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = []
-    for key, x in zip(keys, leaves, strict=True):
-        size = jnp.sqrt(jnp.mean(x * x))
-        size = jnp.where(size > 0, size, 0.3)
-        noisy.append(x + size * jax.random.normal(key, x.shape, x.dtype))
-    return jax.tree.unflatten(shape, noisy)
+    rng = np.random.default_rng(seed)
+
+    def noisy(x):
+        size = float(np.sqrt(np.mean(np.square(x)))) or 0.3
+        return x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype)
+
+    return jax.tree.map(noisy, trainable)
 
 
 def close(a, b, tolerance):

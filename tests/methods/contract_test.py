@@ -1,0 +1,341 @@
+"""The laws of docs/design.md, for every method that peftax/methods holds. Nothing here names one.
+
+A new file is tested by being there. What a method's record says decides what is asked of it: one without `call` adds no leaves,
+one whose text promises "Identity at init" has to be it. All but that law run at a perturbed theta.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftax import methods, sharding
+from peftax.core import sites, tree
+from peftax.core.method import Ctx, parts
+from peftax.train import loss, optimizers
+from peftax.train.step import State, make_step, state_shardings
+from tests.methods import tiny
+
+STEPS = 20
+causal_lm = functools.partial(loss.causal_lm, chunk=8)  # 22 positions: two chunks and a padded third
+
+
+class Case:
+    """A method on the tiny Llama; what is compiled is kept."""
+
+    def __init__(self, name: str):
+        known = methods.defaults(name)
+        self.name, self.drops = name, "dropout" in known
+        self.method = methods.make(name, **({"dropout": 0.3} if self.drops else {}))
+        self.acting = [m for m in parts(self.method) if m.call is not None]
+        self.sites = tiny.found()
+
+    @functools.cached_property
+    def start(self):
+        return self.init(scan=True)
+
+    @functools.cache  # noqa: B019
+    def init(self, scan):
+        init = jax.jit(lambda key, p: self.method.init(key, p, tiny.found(scan)))
+        return init(jax.random.key(0), tiny.params(scan))
+
+    @functools.cached_property
+    def frozen(self):
+        return self.start.frozen
+
+    @functools.cached_property
+    def trainable(self):
+        return tiny.perturb(self.start.trainable)
+
+    def halves(self, scan):
+        return (self.frozen, self.trainable) if scan else (tiny.unstack(self.frozen), tiny.unstack(self.trainable))
+
+    @functools.cached_property
+    def logits(self):
+        apply = sites.inject(tiny.model().apply, self.method)
+        batch = tiny.batch()
+        return jax.jit(lambda p: apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"]))
+
+    @functools.cache  # noqa: B019
+    def gradient(self, scan=True, remat="none", dropout=True):
+        """(seed, batch) -> (mean loss, gradients) of the perturbed theta."""
+        apply = sites.inject(tiny.model(scan, remat).apply, self.method)
+
+        @jax.jit
+        @jax.value_and_grad
+        def mean(trainable, frozen, batch, key):
+            ctx = Ctx(key=key if dropout else None)
+            total, weight = causal_lm(apply, tree.merge(frozen, trainable), batch, ctx)
+            return total / weight
+
+        def run(seed=0, batch=None):
+            frozen, trainable = self.halves(scan)
+            return mean(trainable, frozen, tiny.batch() if batch is None else batch, jax.random.key(seed))
+
+        return run
+
+    def train(self, optimizer, mesh=None, **options):
+        """STEPS steps from the perturbed theta: losses, first gradients, the last state; laws 4 and 7 on the way."""
+        # trace(0) only remembers the gradient that it has just seen
+        optimizer = optax.chain(optax.trace(0.0), optimizer)
+        frozen, trainable, batch = self.frozen, jax.tree.map(jnp.copy, self.trainable), options.pop("batch", None)
+        batch = tiny.batch() if batch is None else batch
+        if mesh is not None:
+            base = sharding.base_specs(tiny.params(), self.sites, mesh)
+            lie = functools.partial(sharding.shardings, method=self.method, sites=self.sites, base=base, mesh=mesh)
+            frozen, trainable = (jax.device_put(x, lie(x)) for x in (frozen, trainable))
+            batch = jax.device_put(batch, NamedSharding(mesh, sharding.BATCH))
+            state = State.create(trainable, optimizer)
+            replicated = NamedSharding(mesh, PartitionSpec())
+            options["shardings"] = state_shardings(state, lie(trainable), optimizer, replicated)
+            state = jax.device_put(state, options["shardings"])
+        else:
+            state = State.create(trainable, optimizer)
+        step = make_step(
+            sites.inject(tiny.model().apply, self.method), causal_lm, optimizer, **options
+        )
+        before, losses, first = jax.tree.map(np.array, frozen), [], None
+        for _ in range(STEPS):
+            old = state
+            state, metrics = step(state, frozen, batch)
+            assert all(x.is_deleted() for x in jax.tree.leaves(old.trainable))  # the state is donated,
+            losses.append(float(metrics["loss"]))
+            assert bool(metrics["finite"])
+            first = jax.tree.map(np.array, state.opt_state[0].trace) if first is None else first
+        assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))  # frozen never
+        jax.tree.map(np.testing.assert_array_equal, before, frozen)
+        assert step._cache_size() == 1
+        if mesh is not None:
+            jax.tree.map(lambda x, s: _lies(x, s), state, options["shardings"])
+        return np.array(losses), first, state
+
+    @functools.cache  # noqa: B019
+    def sgd(self, devices):
+        optimizer = optimizers.make(name="sgd", schedule=optax.constant_schedule(0.1))
+        return self.train(optimizer, MESHES[devices](), dropout_seed=5 if self.drops else None)
+
+    @functools.cache  # noqa: B019
+    def adam(self, devices):
+        optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(3e-3))
+        return self.train(optimizer, MESHES[devices]())
+
+
+def _lies(x, wanted):
+    assert x.sharding.is_equivalent_to(wanted, x.ndim)
+
+
+MESHES = {
+    "1": lambda: None,
+    "1x8": lambda: sharding.make_mesh(data=1, fsdp=8),
+    "2x4": lambda: sharding.make_mesh(data=2, fsdp=4),
+}
+
+
+@pytest.fixture(scope="module", params=methods.names())
+def case(request):
+    return Case(request.param)
+
+
+@functools.cache
+def base_logits():
+    batch = tiny.batch()
+    apply = jax.jit(lambda p: tiny.model().apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"]))
+    return apply, apply(tiny.params())
+
+
+def real(logits):
+    """Rows of padding are finite and mean nothing."""
+    return np.asarray(logits)[tiny.batch()["segment_ids"] > 0]
+
+
+def test_1_identity_at_init(case):
+    text = methods.module(case.name).__doc__
+    promised = re.search(r"^(Not the identity|Identity) at init", text, re.M)
+    assert promised, "the file says whether it is the identity at init"
+    at_init = case.logits(tree.merge(*case.start))
+    if promised.group(1) == "Identity":
+        assert tiny.distance(real(at_init), real(base_logits()[1])) <= 1e-6
+    else:
+        assert tiny.distance(real(at_init), real(base_logits()[1])) > 1e-6
+
+
+def test_2_partition(case):
+    frozen, trainable = (tree.flatten(half) for half in case.start)
+    base = tree.flatten(tiny.params())
+    assert trainable and not frozen.keys() & trainable.keys()
+    assert base.keys() <= frozen.keys() | trainable.keys()
+    added = (frozen.keys() | trainable.keys()) - base.keys()
+    assert bool(added) == bool(case.acting)
+    for path in added:  # <site>/<method>/<adapter>/<leaf>
+        site, name, _, _ = path.rsplit("/", 3)
+        assert site in case.sites and name in [m.name for m in case.acting]
+    for path, leaf in trainable.items():
+        assert leaf.dtype == jnp.float32, path
+    with pytest.raises(ValueError, match="both trees hold"):
+        tree.merge(case.frozen, case.trainable, {**case.trainable})
+
+
+def test_2_axes_name_every_leaf(case):
+    """AXES is the shape's documentation and the sharding rule."""
+    for path, leaf in tree.flatten(tree.merge(*case.start)).items():
+        if path in tree.flatten(tiny.params()) or path.endswith("/id"):
+            continue
+        site, method, axes = sites.theta_of(path, case.method, case.sites)
+        assert leaf.shape[: len(site.stack)] == site.stack
+        own = dict(zip(axes, leaf.shape[len(site.stack) :], strict=True))
+        assert own.get("in", site.shape[0]) == site.shape[0], path
+        assert own.get("out", site.shape[1]) == site.shape[1], path
+
+
+def test_2_init_works_on_shapes_and_count_agrees(case):
+    shapes = jax.eval_shape(lambda p: case.method.init(jax.random.key(0), p, case.sites), tiny.params())
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), case.start
+    )
+    counted = sites.count(case.method, tiny.params(), case.sites)
+    assert counted["trainable"] == tree.count(case.start.trainable)
+    added = sum(x.size for p, x in tree.flatten(case.start.trainable).items() if p not in tree.flatten(tiny.params()))
+    assert counted["total"] == tree.count(tiny.params()) + added
+
+
+def test_3_fold(case):
+    merged = tree.merge(case.frozen, case.trainable)
+    folded = jax.jit(lambda p: case.method.fold(p, case.sites))(merged)
+    assert tree.flatten(folded).keys() == tree.flatten(tiny.params()).keys()
+    plain, base = base_logits()
+    adapted = case.logits(merged)
+    assert tiny.distance(real(adapted), real(plain(folded))) <= 1e-5
+    assert tiny.distance(real(adapted), real(base)) >= 0.1  # there was something to fold
+    before, after = tree.flatten(tiny.params()), tree.flatten(folded)
+    touched = [s for s in case.sites.values() if any(f"{s.path}/{m.name}" in _heads(merged) for m in case.acting)]
+    assert bool(touched) == bool(case.acting)
+    for site in touched:
+        w, new = site.matrix(before[site.kernel]), site.matrix(after[site.kernel])
+        change = jnp.linalg.norm(new - w, axis=(1, 2)) / jnp.linalg.norm(w, axis=(1, 2))
+        assert (change >= 0.1).all(), site.path
+        assert len(site.layers) == 1 or tiny.distance((new - w)[0], (new - w)[1]) > 0.1
+    if case.acting:
+        with pytest.raises(ValueError, match="no leaves"):
+            case.method.fold(folded, case.sites)
+
+
+def _heads(merged):
+    return {p.rsplit("/", 2)[0] for p in tree.flatten(merged)}
+
+
+def test_4_trainable_leaves_only(case):
+    losses, first, state = case.adam("1")
+    assert tree.flatten(first).keys() == tree.flatten(case.trainable).keys()
+    assert tree.count(first) == tree.count(case.trainable)
+    held = tree.count(state.opt_state)  # the gradient that trace remembers, Adam's two moments, some counters
+    assert held <= 3 * tree.count(case.trainable) + 8
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, case.trainable)
+    assert all(jax.tree.leaves(moved)), [p for p, m in tree.flatten(moved).items() if not m]
+    assert losses[-1] < losses[0]
+
+
+def test_5_init_is_the_same_unrolled(case):
+    for scanned, unrolled in zip(case.start, case.init(scan=False), strict=True):
+        tiny.close(tiny.unstack(scanned), unrolled, 1e-6)
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none"), (False, "full")])
+def test_5_scan_unrolled_remat(case, scan, remat):
+    """With dropout on where there is any: masks that differed would show in the first digits."""
+    value, gradients = case.gradient()()
+    other, other_gradients = case.gradient(scan, remat)()
+    assert abs(value - other) <= 1e-6 * value
+    tiny.close(gradients if scan else tiny.unstack(gradients), other_gradients, 1e-5)
+
+
+def test_5_dropout_depends_on_its_seed(case):
+    if not case.drops:
+        pytest.skip(f"{case.name} has no dropout")
+    values = [float(case.gradient()(seed)[0]) for seed in (0, 1)]
+    values.append(float(case.gradient(dropout=False)()[0]))
+    assert min(abs(a - b) for a, b in zip(values, values[1:] + values[:1], strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("devices", ["1x8", "2x4"])
+def test_5_devices_sgd(case, devices):
+    if devices == "2x4" and case.name != methods.names()[0]:
+        pytest.skip("the mesh's shape is tried once, with the first method")
+    losses, first, _ = case.sgd("1")
+    losses_8, first_8, _ = case.sgd(devices)
+    tiny.close(first, first_8, 1e-5)
+    np.testing.assert_allclose(losses_8, losses, rtol=1e-5)
+    assert losses[-1] != losses[0]
+
+
+def test_5_devices_adam(case):
+    losses, first, _ = case.adam("1")
+    losses_8, first_8, _ = case.adam("2x4")
+    tiny.close(first, first_8, 1e-5)
+    np.testing.assert_allclose(losses_8, losses, rtol=1e-4)
+
+
+def test_6_a_pattern_that_matches_nothing(case):
+    if "targets" not in methods.defaults(case.name):
+        pytest.skip(f"{case.name} has no targets")
+    method = methods.make(case.name, targets="no_such_module")
+    with pytest.raises(ValueError, match=f"{case.name}.*(_proj|kernel|scale|bias)"):
+        jax.eval_shape(lambda p: method.init(jax.random.key(0), p, case.sites), tiny.params())
+
+
+def test_6_an_adapter_that_tracing_never_reached(case):
+    if not case.acting:
+        pytest.skip(f"{case.name} adds no leaves")
+    apply, tokens = sites.inject(tiny.model().apply, case.method), jnp.zeros((1, 3), jnp.int32)
+    flat = tree.flatten(tree.merge(*case.start))
+    lost = {p.replace("self_attn/q_proj", "self_attn/q_prjo"): x for p, x in flat.items() if "/kernel" not in p}
+    kernels = {p: x for p, x in flat.items() if "/kernel" in p or p in tree.flatten(tiny.params())}
+    with pytest.raises(ValueError, match="never reached.*q_prjo.*"):
+        jax.eval_shape(apply, {"params": tree.unflatten({**lost, **kernels})}, tokens)
+    with pytest.raises(ValueError, match="no leaves.*merge"):
+        jax.eval_shape(apply, {"params": tiny.params()}, tokens)
+
+
+def test_7_frozen_is_an_argument(case):
+    """One compile and donation are asserted in every run of `train`; here: no weight is baked into the program."""
+    state = State.create(case.trainable, optax.sgd(0.1))
+    step = make_step(sites.inject(tiny.model().apply, case.method), causal_lm, optax.sgd(0.1))
+    program = step.trace(state, case.frozen, tiny.batch()).jaxpr
+    baked = sum(np.size(c) for c in program.consts)
+    assert baked < 100
+
+
+def test_9_accumulation(case):
+    """2 x 4 ragged rows and one batch of 8: sums and weights add up before the division."""
+    batch = tiny.batch()
+    weights = batch["weights"].reshape(2, 4, -1).sum((1, 2))
+    assert weights[0] != weights[1]
+    micro = {k: v.reshape(2, 4, *v.shape[1:]) for k, v in batch.items()}
+    losses, first, _ = case.train(optax.sgd(0.1), batch=micro, accumulate=2)
+    value, gradients = case.gradient(dropout=False)()
+    assert abs(losses[0] - value) <= 1e-6 * value
+    tiny.close(first, gradients, 1e-5)
+
+
+def test_9_packing(case):
+    value, gradients = case.gradient(dropout=False)()
+    packed, packed_gradients = case.gradient(dropout=False)(batch=tiny.packed())
+    assert abs(packed - value) <= 1e-6 * value
+    tiny.close(gradients, packed_gradients, 1e-5)
+
+
+def test_10_overfits_one_batch(case):
+    """Two examples, a few tokens: even biases can learn them."""
+    batch = {k: np.where(np.arange(8)[:, None] < 2, v, np.zeros_like(v)) for k, v in tiny.batch().items()}
+    optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(2e-2))
+    step = make_step(sites.inject(tiny.model().apply, case.method), causal_lm, optimizer)
+    state = State.create(jax.tree.map(jnp.copy, case.start.trainable), optimizer)
+    losses = []
+    for _ in range(150):
+        state, metrics = step(state, case.frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])

@@ -1,0 +1,26 @@
+import jax
+import pytest
+
+from peftax.core import tree
+from peftax.methods.full import full
+from tests.methods import tiny
+
+
+def test_everything_trains():
+    frozen, trainable = full().init(jax.random.key(0), tiny.params(), tiny.found())
+    assert not tree.flatten(frozen)
+    assert tree.flatten(trainable).keys() == tree.flatten(tiny.params()).keys()
+
+
+def test_some_modules():
+    _, trainable = full(targets=r"lm_head|.*\.mlp\..*").init(jax.random.key(0), tiny.params(), tiny.found())
+    names = {p.split("/")[-2] for p in tree.flatten(trainable)}
+    assert names == {"lm_head", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_one_layer_needs_an_unrolled_model():
+    method = full(targets=r"model\.layers\.1\..*")
+    with pytest.raises(ValueError, match="scan=False"):
+        method.init(jax.random.key(0), tiny.params(), tiny.found())
+    _, trainable = method.init(jax.random.key(0), tiny.params(False), tiny.found(False))
+    assert all(p.startswith("model/layers/1/") for p in tree.flatten(trainable))

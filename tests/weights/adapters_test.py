@@ -1,0 +1,133 @@
+"""Adapters that Hugging Face PEFT wrote: equal logits, equal counts, stable round trips, clear errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from peftax import models, weights
+from peftax.core import sites, tree
+from peftax.core.hf import Unsupported
+from peftax.weights import adapters, verification
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {c["case"]: c for c in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
+REFUSED = ("LORA_dora", "VERA")
+READ = [c for c in CASES if c not in REFUSED]
+
+
+@pytest.fixture(scope="module", params=["scanned", "unrolled"])
+def opened(request):
+    source = weights.open(GOLDEN / "base_model.safetensors")
+    model = models.build(source.config, scan=request.param == "scanned")
+    shapes = models.abstract(model)
+    found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return model, weights.load(source, shapes), found
+
+
+@pytest.mark.parametrize("case", READ)
+def test_logits_counts_and_round_trip(opened, case, tmp_path):
+    model, params, found = opened
+    inputs = np.load(GOLDEN / "input_ids.npy").astype(np.int32)
+    expect, plain = np.load(GOLDEN / case / "logits.npy"), np.load(GOLDEN / "base_logits.npy")
+    method, part, raw = adapters.load(GOLDEN / case, params, found)
+    ours = sites.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)
+    effect = np.abs(expect - plain).max()
+    assert np.abs(ours - expect).max() <= 1e-5 + 1e-3 * effect
+    assert effect > 0.1  # or the line above proves nothing
+    assert sites.count(method, params, found)["trainable"] == CASES[case]["trainable_params"]
+
+    raw["a_field_of_tomorrow"] = {"kept": True}
+    adapters.save(tmp_path / "a", part, method, found, extra=raw)
+    theirs = load_file(GOLDEN / case / adapters.TENSORS)
+    mine = load_file(tmp_path / "a" / adapters.TENSORS)
+    for key in mine:
+        np.testing.assert_array_equal(mine[key], theirs[key])
+    assert {k for k in theirs if not k.endswith("base_layer.weight")} == set(mine)
+    again, part_again, raw_again = adapters.load(tmp_path / "a", params, found)
+    assert raw_again["a_field_of_tomorrow"] == {"kept": True}
+    adapters.save(tmp_path / "b", part_again, again, found, extra=raw_again)
+    for name in (adapters.TENSORS, adapters.PEFT_CONFIG):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_what_it_cannot_do(opened, case):
+    _, params, found = opened
+    with pytest.raises(Unsupported, match="not supported; .*nearest"):
+        adapters.load(GOLDEN / case, params, found)
+
+
+def test_verification_lists_the_skipped():
+    results = {r.case: r for r in verification.cases(GOLDEN)}
+    assert set(results) == set(CASES)
+    assert all(bool(r.skipped) == (c in REFUSED) for c, r in results.items())
+    assert max(r.difference / r.effect for c, r in results.items() if c not in REFUSED) < 1e-4
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Path(shutil.copytree(GOLDEN / "LORA", tmp_path / "lora"))
+
+
+def _edit(copy, change):
+    tensors = load_file(copy / adapters.TENSORS)
+    change(tensors)
+    save_file(tensors, copy / adapters.TENSORS)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def test_errors_name_the_tensor(opened, copy):
+    _, params, found = opened
+    _edit(copy, lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": t[KEY]}))
+    with pytest.raises(ValueError, match=r"layers\.9.* has no place"):
+        adapters.load(copy, params, found)
+    _edit(copy, lambda t: [t.pop(k) for k in list(t) if "layers.9" in k or k == KEY])
+    with pytest.raises(ValueError, match=f"holds no tensor '{KEY}'"):
+        adapters.load(copy, params, found)
+    _edit(copy, lambda t: t.update({KEY: np.zeros((4, 63), np.float32)}))
+    with pytest.raises(ValueError, match=r"\(4, 63\), this base needs \(4, 64\)"):
+        adapters.load(copy, params, found)
+
+
+def test_errors_of_files(opened, copy):
+    _, params, found = opened
+    data = (copy / adapters.TENSORS).read_bytes()
+    (copy / adapters.TENSORS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        adapters.load(copy, params, found)
+    (copy / adapters.TENSORS).rename(copy / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickle, which is never read"):
+        adapters.load(copy, params, found)
+    (copy / adapters.PEFT_CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match="is it an adapter folder"):
+        adapters.load(copy, params, found)
+
+
+def test_a_method_without_a_peft_type_is_saved_too(opened, tmp_path):
+    from peftax import methods
+
+    _, params, found = opened
+    method = methods.make("full", targets=r".*layernorm")
+    part = method.init(jax.random.key(0), params, found)
+    part = part._replace(trainable=jax.tree.map(lambda x: x + 0.5, part.trainable))
+    adapters.save(tmp_path / "full", part, method, found)
+    assert not (tmp_path / "full" / adapters.PEFT_CONFIG).exists()
+    _, again, _ = adapters.load(tmp_path / "full", params, found)
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, again.trainable)
+
+
+def test_saving_over_an_adapter_leaves_nothing_behind(opened, tmp_path):
+    _, params, found = opened
+    method, part, _ = adapters.load(GOLDEN / "LORA", params, found)
+    for _ in range(2):
+        adapters.save(tmp_path / "x", part, method, found, base="here")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert json.loads((tmp_path / "x" / adapters.PEFT_CONFIG).read_text())["base_model_name_or_path"] == "here"
