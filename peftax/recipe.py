@@ -66,6 +66,8 @@ def parse(text: str, old: Any, key: str) -> Any:
     )
     if wrong or (isinstance(old, int) and isinstance(value, float)):
         raise ValueError(f"config.{key}={text!r}: want a value like {old!r} ({type(old).__name__})")
+    if isinstance(value, dict):
+        return tuple(value.items())  # a ConfigDict takes no key with a dot
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -73,10 +75,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train.steps": 100, ...}"""
     out = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict) and key not in (
-            "rank_pattern",
-            "alpha_pattern",
-        ):
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
             out.update(flat(value, f"{prefix}{key}."))
         else:
             out[f"{prefix}{key}"] = value

@@ -61,9 +61,12 @@ def _named(pattern: str | Sequence[str], name: str) -> bool:
     return any(name == p or name.endswith(f".{p}") for p in pattern)
 
 
-def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+Patterns = Mapping[str, Any] | Sequence[tuple[str, Any]] | None
+
+
+def by_pattern(patterns: Patterns, name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the name, else the default."""
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in dict(patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default

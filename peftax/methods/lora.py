@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from peftax.core import hf, sites
 from peftax.core.method import Ctx, Kernel, Method, chain
-from peftax.core.targets import Targets, by_pattern
+from peftax.core.targets import Patterns, Targets, by_pattern
 from peftax.ops.product import linear, matmul
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "scale": ()}
@@ -39,8 +39,8 @@ def lora(
     targets: str | Sequence[str] = "all-linear",  # regex over whole names | names and suffixes | "all-linear"
     exclude: str | Sequence[str] | None = None,  # the same forms; wins
     layers: int | Sequence[int] | None = None,  # layer numbers; None takes all
-    rank_pattern: Mapping[str, int] | None = None,  # regex on the end of the name -> rank there
-    alpha_pattern: Mapping[str, float] | None = None,  # the same for alpha
+    rank_pattern: Patterns = None,  # {regex on the end of the name: rank there}, or pairs
+    alpha_pattern: Patterns = None,  # the same for alpha
     bias: str = "none",  # "none" | "all" | "lora_only": which of the base's biases train
     modules_to_save: Sequence[str] = (),  # suffixes of modules that train whole
     adapter: str = "default",  # the name its leaves lie under

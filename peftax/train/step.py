@@ -85,7 +85,7 @@ def make_step(
             (value, weight, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), batch))
         weight = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = (optax.apply_updates(state.trainable, updates), opt_state)

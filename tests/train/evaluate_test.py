@@ -43,10 +43,11 @@ def examples(grouped=True):
 def expected(p, examples):
     """Per example (sum over values, sum over boilerplate), by plain logits."""
     out = []
-    for e in examples:
-        logits = MODEL.apply({"params": p}, jnp.asarray(e.tokens[None]))[0]
-        nll = -jax.nn.log_softmax(logits)[np.arange(len(e.tokens) - 1), e.tokens[1:]]
-        nll = np.asarray(nll) * e.weights[1:]
+    tokens = np.stack([np.pad(e.tokens, (0, 12 - len(e.tokens))) for e in examples])
+    logits = jax.jit(MODEL.apply)({"params": p}, tokens)
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    for row, e in zip(logp, examples, strict=True):
+        nll = -row[np.arange(len(e.tokens) - 1), e.tokens[1:]] * e.weights[1:]
         out.append([nll[e.groups[1:] == 1].sum(), nll[e.groups[1:] == 0].sum()])
     return np.asarray(out)
 

@@ -1,0 +1,80 @@
+"""Recipes: overrides apply left to right, a method brings its own keys, a typo is an error."""
+
+import importlib
+import json
+
+import pytest
+
+from peftax import methods, recipe
+
+
+@pytest.mark.parametrize("name", ["default", *recipe.shipped()])
+def test_every_recipe_loads_and_its_method_builds(name):
+    config = recipe.load(name).to_dict()
+    json.dumps(config)
+    methods.make(**config["method"])
+
+
+def test_choosing_a_method_installs_its_defaults_alone():
+    config = recipe.load("smollm2_lora", [("method.rank", "8"), ("method.name", "bitfit")])
+    assert config.method.to_dict() == {"name": "bitfit", **methods.defaults("bitfit")}
+
+
+def test_overrides_apply_left_to_right():
+    config = recipe.load("smollm2_lora", [("method.name", "lora"), ("method.rank", "4"), ("method.rank", "2")])
+    assert (config.method.rank, config.method.alpha) == (2, methods.defaults("lora")["alpha"])
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optimizer.learning_rate", "1", 1.0),
+        ("optimizer.clip", "None", None),
+        ("data.limit", "7", 7),
+        ("method.targets", "['q_proj','v_proj']", ("q_proj", "v_proj")),
+        ("method.targets", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("method.rank_pattern", "{'layers.1.*v_proj': 2}", (("layers.1.*v_proj", 2),)),
+        ("train.tensorboard", "false", False),
+        ("model.path", "8", "8"),
+    ],
+)
+def test_values(key, text, value):
+    config = recipe.load("default", [(key, text)])
+    assert recipe.flat(config)[key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "error", "message"),
+    [
+        ("method.rnk", "8", KeyError, "nearest: 'method.rank'"),
+        ("train.step", "8", KeyError, "nearest: 'train.steps'"),
+        ("train.steps", "many", ValueError, "train.steps='many': want a value like 100"),
+        ("train.steps", "1.5", ValueError, "want a value like"),
+        ("train.tensorboard", "3", ValueError, "want a value like True"),
+        ("method.name", "lorra", ValueError, "nearest: 'lora'"),
+    ],
+)
+def test_typos_name_the_nearest(key, text, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        recipe.load("default", [(key, text)])
+
+
+def test_unknown_recipe_and_a_file(tmp_path):
+    with pytest.raises(ValueError, match="no recipe 'smollm'; shipped: .*smollm2_lora"):
+        recipe.load("smollm")
+    file = tmp_path / "mine.py"
+    file.write_text("from peftax.configs import default\n\ndef get_config():\n    c = default.get_config()\n    c.train.steps = 3\n    return c\n")
+    assert recipe.load(str(file)).train.steps == 3
+
+
+def test_every_key_of_default_is_explained():
+    source = importlib.import_module("peftax.configs.default").__file__
+    lines = open(source).read().splitlines()
+    for i, line in enumerate(lines):
+        if line.strip().startswith("config.") and "ConfigDict()" not in line:
+            assert "#" in line or "#" in lines[i - 1] or _plain(line), line
+
+
+def _plain(line: str) -> bool:
+    """Keys whose name says all."""
+    return any(f".{k} =" in line for k in ("warmup_steps", "b1", "b2", "eps", "dropout_seed", "weight_decay", "tensorboard", "valid_split"))

@@ -1,0 +1,173 @@
+"""A whole run on a tiny base: what it writes, that it goes on where it stopped, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from peftax.train import loop, setup, step
+from peftax.weights import adapters
+from tests.train import tiny_run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return tiny_run.base_folder(folder / "base"), tiny_run.data_file(folder / "data.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs here use the first of the fake devices."""
+    import jax
+
+    devices = jax.devices()[:1]
+    monkeypatch.setattr("peftax.sharding.jax.devices", lambda: devices)
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """A run that nothing disturbed; on the first device."""
+    import jax
+
+    patch = pytest.MonkeyPatch()
+    devices = jax.devices()[:1]
+    patch.setattr("peftax.sharding.jax.devices", lambda: devices)
+    workdir = tmp_path_factory.mktemp("whole")
+    result = loop.train(tiny_run.config(*files, method__dropout="0.1"), workdir)
+    patch.undo()
+    return workdir, result
+
+
+def test_a_run_learns_and_leaves_its_files(whole, files):
+    workdir, result = whole
+    metrics = _lines(workdir / "metrics.jsonl")
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    valid = [m["valid_nll"] for m in metrics if "valid_nll" in m]
+    assert len(losses) == 6 and len(valid) == 4
+    assert valid[-1] < 0.9 * valid[0]
+    assert result["step"] == 6 and result["best"][1] == min(valid)
+    assert len(_lines(workdir / "timings.jsonl")) == 6
+    config = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(files[0])
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+
+
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_interrupted_run_ends_bit_identical(whole, files, tmp_path, monkeypatch, accumulate):
+    config = tiny_run.config(*files, method__dropout="0.1")
+    reference = whole[0]
+    if accumulate == "2":
+        config = tiny_run.config(*files, train__accumulate="2", train__batch_size="4")
+        reference = tmp_path / "reference"
+        loop.train(config, reference)
+
+    real = loop.make_step
+    calls = []
+
+    def dying(*args, **kwargs):
+        inner = real(*args, **kwargs)
+
+        def step_fn(*a):
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("the machine went away")
+            return inner(*a)
+
+        return step_fn
+
+    monkeypatch.setattr(loop, "make_step", dying)
+    workdir = tmp_path / "run"
+    with pytest.raises(RuntimeError):
+        loop.train(config, workdir)
+    monkeypatch.setattr(loop, "make_step", real)
+    loop.train(config, workdir)
+    assert _lines(workdir / "metrics.jsonl") == _lines(reference / "metrics.jsonl")
+    a, b = (load_file(w / "adapter" / adapters.TENSORS) for w in (workdir, reference))
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_process_resumes_bit_identical(files, tmp_path, how):
+    """A real process; the CPU it runs on has one device."""
+    base, data = files
+    command = [
+        sys.executable, "-m", "peftax.cli", "train", "--config=default",
+        f"--config.model.path={base}", f"--config.data.train={data}", f"--config.data.valid={data}",
+        "--config.data.length=64", "--config.train.steps=40", "--config.train.batch_size=8",
+        "--config.train.eval_every=5", "--config.train.save_every=5", "--config.train.tensorboard=False",
+    ]  # fmt: skip
+    env = {**os.environ, "XLA_FLAGS": ""}
+
+    def run(workdir, **kwargs):
+        return subprocess.Popen([*command, f"--workdir={workdir}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs)
+
+    assert run(tmp_path / "whole").wait() == 0
+    process = run(tmp_path / "killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (metrics.exists() and len(_lines_so_far(metrics)) > 12):
+        time.sleep(0.01)
+    process.send_signal(how)
+    code = process.wait()
+    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    assert run(tmp_path / "killed").wait() == 0
+    for name in (f"adapter/{adapters.TENSORS}", "metrics.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _lines_so_far(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
+def test_refuses_another_config_and_another_base(whole, files, tmp_path):
+    workdir, _ = whole
+    with pytest.raises(ValueError, match="method.rank is 4 there and 8 here"):
+        loop.train(tiny_run.config(*files, method__dropout="0.1", method__rank="8"), workdir)
+    other = tiny_run.base_folder(tmp_path / "other", seed=1)
+    config = tiny_run.config(other, files[1], method__dropout="0.1")
+    loop_dir = tmp_path / "run"
+    loop.train(tiny_run.config(*files, train__steps="2"), loop_dir)
+    (loop_dir / "config.json").unlink()
+    config = tiny_run.config(other, files[1], train__steps="2")
+    with pytest.raises(ValueError, match="another base .fingerprint"):
+        loop.train(config, loop_dir)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_batch(files, tmp_path, monkeypatch):
+    real = step.State.create
+
+    def poisoned(trainable, optimizer):
+        import jax
+
+        return real(jax.tree.map(lambda x: x * np.nan, trainable), optimizer)
+
+    monkeypatch.setattr(loop.State, "create", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*batch 0 of seed 0.*learning_rate"):
+        loop.train(tiny_run.config(*files, data__valid="None"), tmp_path / "run")
+
+
+def test_warm_start_takes_the_values(whole, files, tmp_path):
+    base = setup.open_base(**tiny_run.config(*files)["model"], mesh={"data": 1, "fsdp": 1})
+    folder = str(whole[0] / "adapter")
+    settings = tiny_run.config(*files, method__dropout="0.1")["method"]
+    warm = setup.start(base, settings, seed=5, warm_start=folder)
+    own = setup.attach(base, folder)
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, warm.part.trainable, own.part.trainable)
+    with pytest.raises(ValueError, match="does not fit config.method"):
+        setup.start(base, {**settings, "rank": 2}, seed=5, warm_start=folder)
