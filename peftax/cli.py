@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for word in rest:
         found = OVERRIDE.fullmatch(word)
         if not found or args.command != "train":
-            print(f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr)
+            print(
+                f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr
+            )
             return 2
         args.overrides.append((found[1], found[2]))
     from absl import logging

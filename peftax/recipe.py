@@ -17,7 +17,8 @@ from peftax.core import tree
 
 
 def load(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> ml_collections.ConfigDict:
-    """The config of a recipe with the method's own defaults filled in and `("method.rank", "8")` pairs applied in order.
+    """The config of a recipe with the method's own defaults filled in and `("method.rank", "8")` pairs applied
+    in order.
 
     Choosing another method installs its defaults and drops every key of the one before.
     """
@@ -109,7 +110,5 @@ def _module(name_or_path: str):
         spec.loader.exec_module(module)
         return module
     if name_or_path not in (*shipped(), "default"):
-        raise ValueError(
-            f"no recipe {name_or_path!r}; shipped: {', '.join(shipped())}; or give the path of a .py file"
-        )
+        raise ValueError(f"no recipe {name_or_path!r}; shipped: {', '.join(shipped())}; or give the path of a .py file")
     return importlib.import_module(f"peftax.configs.{name_or_path}")

@@ -1,4 +1,6 @@
-"""Where each array lies on a mesh with axes `data` and `fsdp`: base weights by rules, adapters by their AXES, the rest by theirs."""
+"""Where each array lies on a mesh with axes `data` and `fsdp`: base weights by rules, adapters by their AXES,
+the rest by theirs.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,7 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[Any] | None = 
     known = int(np.prod([s for s in sizes if s != -1]))
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(
-            f"mesh: data={sizes[0]} x fsdp={sizes[1]} is not the number of devices, {len(devices)}"
-        )
+        raise ValueError(f"mesh: data={sizes[0]} x fsdp={sizes[1]} is not the number of devices, {len(devices)}")
     return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp"))
 
 

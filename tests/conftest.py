@@ -1,10 +1,13 @@
 """Every test sees 8 CPU devices and strict ranks; set before JAX looks for devices."""
 
 import os
+import sys
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if not any("aot" in argument for argument in sys.argv):
+    # Programs that run once: compiled in a tenth of the time, to the same meaning.
+    FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

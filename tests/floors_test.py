@@ -20,6 +20,7 @@ FLOORS = {
     "plan": 6,
     "sweep": 6,
     "report": 6,
+    "recipe": 6,
     "cli": 7,
     "": 8,  # peftax/__init__.py, which re-exports
 }
@@ -105,5 +106,5 @@ def test_a_bad_import_is_found(tmp_path, file, line, why):
     target = root / file
     target.parent.mkdir(exist_ok=True)
     target.write_text((target.read_text() if target.exists() else "") + f"\n{line}\n")
-    found = violations(root)
+    found = sorted(set(violations(root)) - set(violations(ROOT)))
     assert len(found) == 1 and why in found[0], found

@@ -63,7 +63,10 @@ def test_unknown_recipe_and_a_file(tmp_path):
     with pytest.raises(ValueError, match="no recipe 'smollm'; shipped: .*smollm2_lora"):
         recipe.load("smollm")
     file = tmp_path / "mine.py"
-    file.write_text("from peftax.configs import default\n\ndef get_config():\n    c = default.get_config()\n    c.train.steps = 3\n    return c\n")
+    file.write_text(
+        "from peftax.configs import default\n\ndef get_config():\n    c = default.get_config()\n"
+        "    c.train.steps = 3\n    return c\n"
+    )
     assert recipe.load(str(file)).train.steps == 3
 
 
@@ -77,4 +80,7 @@ def test_every_key_of_default_is_explained():
 
 def _plain(line: str) -> bool:
     """Keys whose name says all."""
-    return any(f".{k} =" in line for k in ("warmup_steps", "b1", "b2", "eps", "dropout_seed", "weight_decay", "tensorboard", "valid_split"))
+    return any(
+        f".{k} =" in line
+        for k in ("warmup_steps", "b1", "b2", "eps", "dropout_seed", "weight_decay", "tensorboard", "valid_split")
+    )

@@ -2,9 +2,10 @@
 
   python -m experiments.quickstart --workdir=runs/quickstart [--seeds=0,1,2]
 
-Three systems answer the same held-out questions about functions that training never saw: the untouched model told the answer's
-format in words, the same with three examples besides, and the fine-tuned one, which is told nothing. Writes report.md, results.json
-and curves.png into the workdir, the adapter into seed<N>/adapter.
+Three systems answer the same held-out questions about functions that training never saw: the untouched model
+told the answer's
+format in words, the same with three examples besides, and the fine-tuned one, which is told nothing. Writes
+report.md, results.json and curves.png into the workdir, the adapter into seed<N>/adapter.
 """
 
 from __future__ import annotations
@@ -99,8 +100,7 @@ def _writer(base: setup.Base, apply) -> Generator:
 def answer(base, write, params, rows, *, instructed=False, shots=()) -> dict[str, Any]:
     """Score the answers to all rows; what their prompts share is read once."""
     prompts = [
-        chat.prompt_ids(function_calling.prompt(r, instructed=instructed, shots=shots), base.tokenizer)
-        for r in rows
+        chat.prompt_ids(function_calling.prompt(r, instructed=instructed, shots=shots), base.tokenizer) for r in rows
     ]
     common = 0
     while all(len(p) > common + 1 and p[common] == prompts[0][common] for p in prompts):
@@ -140,7 +140,11 @@ def report(systems, losses, tuned: Sequence[str], rows, facts: Mapping[str, Any]
         many = s.get("2+ tools", {}).get("match", float("nan"))
         rates = " | ".join(f"{100 * s['all'][k]:.1f}" for k in ("parse", "name", "match"))
         lines.append(f"| {name} | {rates} | {100 * many:.1f} | {s['seconds']:.0f} |")
-    lines += ["", f"**{worst}** against **{better}** (the better baseline), paired by question, 95% bootstrap intervals:", ""]
+    lines += [
+        "",
+        f"**{worst}** against **{better}** (the better baseline), paired by question, 95% bootstrap intervals:",
+        "",
+    ]
     names = (better, worst)
     lines.append(evaluate.markdown(evaluate.compare(systems[better], systems[worst]), names=names))
     lines += ["Loss per token of the right answer, same prompt for both (nothing said of the format):", ""]

@@ -1,7 +1,8 @@
 """Sites: where in a linen model a method acts. The only file that intercepts modules.
 
-`find` traces the model once, abstractly, and lists every product of one kernel. `per_kernel` lifts three array functions (init,
-call, fold) to a Method over all matching sites; `select` makes a Method of plain leaves. `inject` makes `apply` see a method.
+`find` traces the model once, abstractly, and lists every product of one kernel. `per_kernel` lifts
+three array functions (init, call, fold) to a Method over all matching sites; `select` makes a Method
+of plain leaves; `inject` makes `apply` see a method.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax.core import tree, views
 from peftax.core.method import Ctx, Kernel, Method, Partition, parts
@@ -175,7 +176,7 @@ def _owner(view: views.View, module: nn.Module, callers: list[nn.Module]) -> tup
     return caller, "/".join(caller.path)
 
 
-# --- methods of kernels ---------------------------------------------------------------------------------------------------------
+# --- methods of kernels ---------------------------------------------------------------------------
 
 
 def per_kernel(
@@ -204,8 +205,8 @@ def per_kernel(
       config: what made this method, kept with its files.
 
     Returns:
-      A Method. Leaves lie at <site>/<name>/<adapter>/<leaf>, with the site's scanned axes in front. Layers of one stack whose
-      settings differ share leaves of the largest shape, padded with zeros.
+      A Method. Leaves lie at <site>/<name>/<adapter>/<leaf>, with the site's scanned axes in front. Layers of
+      one stack whose settings differ share leaves of the largest shape, padded with zeros.
     """
 
     def place(site: Site) -> str:
@@ -227,9 +228,9 @@ def per_kernel(
         return Partition(tree.merge(params, tree.unflatten(frozen)), tree.unflatten(trainable))
 
     def call_site(leaves, x, k, ctx, template):
-        theta = leaves[name].get(adapter)
+        theta = leaves.get(adapter)
         if theta is None:
-            held = ", ".join(sorted(leaves[name]))
+            held = ", ".join(sorted(leaves))
             raise ValueError(f"{name}: no adapter {adapter!r} at {template!r}; it holds {held}")
         if ctx.key is not None and "id" in theta:
             key = jax.random.fold_in(ctx.key, theta["id"])
@@ -305,9 +306,7 @@ def _stack_padded(layers: list[Any]) -> Any:
 
     def stacked(*leaves):
         shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True))
-        grown = [
-            jnp.zeros(shape, x.dtype).at[tuple(slice(n) for n in x.shape)].set(x) for x in leaves
-        ]
+        grown = [jnp.zeros(shape, x.dtype).at[tuple(slice(n) for n in x.shape)].set(x) for x in leaves]
         return jnp.stack(grown)
 
     return jax.tree.map(stacked, *(empty if layer is None else layer for layer in layers))
@@ -337,7 +336,7 @@ def _some_names(sites: Sites, n: int = 8) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-# --- methods of plain leaves ----------------------------------------------------------------------------------------------------
+# --- methods of plain leaves ----------------------------------------------------------------------
 
 
 def select(
@@ -350,7 +349,8 @@ def select(
     """A method that trains leaves of the base as they are.
 
     Args:
-      chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias", leaf names are the tree's) -> train it?
+      chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias", leaf names are the tree's)
+        -> train it?
       required: raise when nothing is chosen.
     """
 
@@ -372,19 +372,25 @@ def select(
             raise ValueError(f"{name}: nothing is chosen; the leaves are named {', '.join(leaves)}")
         return Partition(frozen, trainable)
 
-    return Method(
-        name=name, init=init, fold=lambda params, sites: dict(params), chosen=chosen, config=config or {}
-    )
+    return Method(name=name, init=init, fold=lambda params, sites: dict(params), chosen=chosen, config=config or {})
 
 
-# --- inject -----------------------------------------------------------------------------------------------------------------------
+# --- inject ---------------------------------------------------------------------------------------
 
 
-def inject(apply: Callable, method: Method) -> Callable:
-    """`apply` that sees the method's leaves: same arguments, and `ctx`, a Ctx with a dropout key when training.
+def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None) -> Callable:
+    """`apply` that sees the method's leaves.
 
-    Call it inside jit (an interceptor entered outside a compiled function is ignored). Raises ValueError when the tree holds no
-    leaves of the method, or when a whole forward pass (no `method=`) left some of them untouched.
+    It takes apply's arguments, and `ctx`: a Ctx with a dropout key when training. Call it inside
+    jit: an interceptor entered outside a compiled function is ignored.
+
+    Args:
+      rows: where the rows of a batch lie on a mesh. What goes into and comes out of every site is
+        held there; else XLA may gather the batch where it should gather a weight.
+
+    Raises (when called):
+      ValueError: the tree holds no leaves of the method, a whole forward pass (no `method=`) left
+        some untouched, or two methods meet at one site.
     """
     acting = {m.name: m for m in parts(method) if m.call is not None}
 
@@ -397,22 +403,30 @@ def inject(apply: Callable, method: Method) -> Callable:
         reached: set[str] = set()
         callers: list[nn.Module] = []
 
+        def enter(module, next_fun, call_args, call_kwargs):
+            callers.append(module)
+            try:
+                return next_fun(*call_args, **call_kwargs)
+            finally:
+                callers.pop()
+
         def intercept(next_fun, call_args, call_kwargs, context):
             module = context.module
             view = views.view_of(module, context.method_name, call_args, call_kwargs)
             try:
-                if view is not None:
-                    owner, path = _owner(view, module, callers)
-                    for part in acting.values():
-                        leaves = _leaves(owner, path, part.name)
-                        if leaves:
-                            reached.add(f"{path}/{part.name}")
-                            return _product(part, leaves, view, module, call_args, ctx, path)
-                callers.append(module)
-                try:
-                    return next_fun(*call_args, **call_kwargs)
-                finally:
-                    callers.pop()
+                if view is None:
+                    return enter(module, next_fun, call_args, call_kwargs)
+                owner, path = _owner(view, module, callers)
+                found = {n: leaves for n in acting if (leaves := _leaves(owner, path, n))}
+                if len(found) > 1:
+                    raise ValueError(f"inject: {' and '.join(found)} meet at {path!r}; one must go")
+                call_args = (_hold(call_args[0], rows), *call_args[1:])
+                if not found:
+                    return _hold(enter(module, next_fun, call_args, call_kwargs), rows)
+                ((name, leaves),) = found.items()
+                reached.add(f"{path}/{name}")
+                y = _product(acting[name], leaves, view, module, call_args[0], ctx, path)
+                return _hold(y, rows)
             except Exception as error:
                 if view is not None:
                     error.add_note(f"at site {'/'.join(module.path)!r}")
@@ -441,28 +455,35 @@ def _held(params, acting) -> set[str]:
     return found
 
 
-def _leaves(owner: nn.Module, path: str, name: str) -> dict | None:
+def _leaves(owner: nn.Module, path: str, name: str) -> Mapping[str, Any] | None:
     held = owner.variables.get("params", {})
     for part in path.split("/")[len(owner.path) :]:  # the "attend" of a table
         held = held.get(part, {})
-    return {name: held[name]} if isinstance(held.get(name), Mapping) else None
+    leaves = held.get(name)
+    return leaves if isinstance(leaves, Mapping) else None
 
 
-def _product(part: Method, leaves, view: views.View, module, args, ctx, path: str):
+def _hold(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """x with its first axis split as a batch's rows, where they divide it."""
+    if rows is None or x.ndim < 2 or x.shape[0] % rows.num_devices:
+        return x
+    spec = PartitionSpec(*rows.spec, *(None,) * (x.ndim - len(rows.spec)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
+
+
+def _product(part: Method, leaves, view: views.View, module, x: jax.Array, ctx, path: str):
     params = module.variables["params"]
     w = view.matrix(params[view.kernel])
     b = params[view.bias].reshape(-1) if view.bias else None
-    x = args[0]
     dtype = view.dtype or (w.dtype if view.kind == "embed" else jnp.result_type(x, w))
     x = view.rows(x if view.kind == "embed" else x.astype(dtype))
     kernel = Kernel(w.astype(dtype), None if b is None else b.astype(dtype), view.kind)
     template = "/".join(p for p in path.split("/") if not p.isdigit())
+    assert part.call is not None  # inject keeps only methods that act
     return view.back(part.call(leaves, x, kernel, ctx, template))
 
 
-def real_shape(
-    settings: Mapping[str, Any], axes: tuple[str, ...], padded: tuple[int, ...]
-) -> tuple[int, ...]:
+def real_shape(settings: Mapping[str, Any], axes: tuple[str, ...], padded: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one layer's leaf without its padding: an axis named as a setting has that size."""
     return tuple(int(settings.get(a, n)) for a, n in zip(axes, padded, strict=True))
 
@@ -470,9 +491,7 @@ def real_shape(
 def count(method: Method, params: Any, sites: Sites) -> dict[str, int]:
     """{"trainable": ..., "total": base and trainable}: real ranks, without padding, from shapes alone."""
     base = tree.flatten(tree.abstract(params))
-    part = jax.eval_shape(
-        lambda p: method.init(jax.random.key(0), p, sites), tree.unflatten(base)
-    )
+    part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, sites), tree.unflatten(base))
     trainable = moved = 0
     for path, leaf in tree.flatten(part.trainable).items():
         if path in base:
@@ -481,9 +500,9 @@ def count(method: Method, params: Any, sites: Sites) -> dict[str, int]:
             continue
         site, piece, axes = theta_of(path, method, sites)
         own = leaf.shape[len(site.stack) :]
-        for name in site.names:
-            settings = piece.settings(name, site.kind)
-            trainable += math.prod(real_shape(settings, axes, own)) if settings is not None else 0
+        assert piece.settings is not None  # a method with leaves at sites has targets
+        wanted = [s for name in site.names if (s := piece.settings(name, site.kind)) is not None]
+        trainable += sum(math.prod(real_shape(s, axes, own)) for s in wanted)
     return {"trainable": trainable, "total": sum(math.prod(x.shape) for x in base.values()) + trainable - moved}
 
 

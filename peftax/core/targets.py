@@ -14,7 +14,8 @@ OUTPUT_HEADS = ("lm_head", "score", "classifier")
 class Targets:
     """A predicate over module names.
 
-    modules: a regex that matches the whole name, or a list of names and suffixes, or "all-linear" (every linear module but the
+    modules: a regex that matches the whole name, or a list of names and suffixes, or "all-linear" (every
+      linear module but the
              output head).
     exclude: the same forms; wins over modules.
     layers:  layer numbers (the first number in the name), only with a list of modules; None takes all.

@@ -47,11 +47,14 @@ def from_matrix(matrix: jax.Array, perm: tuple[int, ...], shape: tuple[int, ...]
     return matrix.reshape(tuple(shape[p] for p in perm)).transpose(inverse)
 
 
-_VIEWS: dict[type, Callable[[nn.Module, str, tuple, dict], View | None]] = {}
+# (module, method_name, args, kwargs) -> View, or None where the call is no product of one kernel
+ViewOf = Callable[[Any, str, tuple, dict], View | None]
+
+_VIEWS: dict[type, ViewOf] = {}
 
 
-def register(cls: type, view: Callable[[nn.Module, str, tuple, dict], View | None]) -> None:
-    """Let methods reach modules of class `cls`: view(module, method_name, args, kwargs) -> View or None."""
+def register(cls: type, view: ViewOf) -> None:
+    """Let methods reach modules of class `cls`."""
     _VIEWS[cls] = view
 
 
@@ -136,12 +139,12 @@ def _conv(module: nn.Conv, method_name: str, args: tuple, kwargs: dict) -> View 
     if method_name != "__call__" or module.feature_group_count != 1 or not plain:
         return None
 
-    def each(value):
+    def each(value: Any) -> tuple:
         return (value,) * n if isinstance(value, int) or value is None else tuple(value)
 
     strides = tuple(s or 1 for s in each(module.strides))
     dilation = tuple(d or 1 for d in each(module.kernel_dilation))
-    padding = module.padding
+    padding: Any = module.padding
     if not isinstance(padding, str):
         padding = [(p, p) if isinstance(p, int) else tuple(p) for p in each(padding)]
 

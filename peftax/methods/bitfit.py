@@ -6,8 +6,8 @@
 
 Identity at init. Trainable per site: out.
 Source: https://arxiv.org/abs/2106.10199, section 3.
-Departs: nothing; a model without biases (Llama) has nothing to train and raises. Hugging Face PEFT has no such type; the result is
-saved as whole tensors.
+Departs: nothing; a model without biases (Llama) has nothing to train and raises. Hugging Face PEFT has no such
+type; the result is saved as whole tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def bitfit(
     config = dict(locals())
 
     def chosen(name: str) -> bool:
-        module, leaf = name.rsplit(".", 1)
+        module, _, leaf = name.rpartition(".")
         return leaf == "bias" and re.fullmatch(targets, module) is not None
 
     return sites.select("bitfit", chosen, config=config)

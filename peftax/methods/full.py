@@ -22,6 +22,6 @@ def full(
     config = dict(locals())
 
     def chosen(name: str) -> bool:
-        return re.fullmatch(targets, name.rsplit(".", 1)[0]) is not None
+        return re.fullmatch(targets, name.rpartition(".")[0]) is not None
 
     return sites.select("full", chosen, config=config)

@@ -15,6 +15,7 @@ Departs: the paper draws A from a Gaussian; the uniform above is what microsoft/
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftax.core import hf, sites
+from peftax.core import hf, sites, tree
 from peftax.core.method import Ctx, Kernel, Method, chain
 from peftax.core.targets import Patterns, Targets, by_pattern
 from peftax.ops.product import linear, matmul
@@ -79,20 +80,26 @@ def lora(
     def fold(theta, k: Kernel) -> Kernel:
         return k.replace(w=k.w + theta["scale"] * (theta["a"] @ theta["b"]))
 
-    adapted = sites.per_kernel(
-        "lora", init=init, call=call, fold=fold, axes=AXES, settings=settings, adapter=adapter
-    )
+    adapted = sites.per_kernel("lora", init=init, call=call, fold=fold, axes=AXES, settings=settings, adapter=adapter)
 
     def whole(name: str) -> bool:
-        module, leaf = name.rsplit(".", 1)
+        module, _, leaf = name.rpartition(".")
         if any(module == m or module.endswith(f".{m}") for m in saved):
             return True
-        return leaf == "bias" and (
-            bias == "all" or (bias == "lora_only" and settings(module, "linear") is not None)
-        )
+        return leaf == "bias" and (bias == "all" or (bias == "lora_only" and settings(module, "linear") is not None))
 
     trained = sites.select("trained", whole, required=False)
-    return chain(adapted, trained, name="lora", config=config)
+    both = chain(adapted, trained, name="lora", config=config)
+
+    def init_both(key, params, found):
+        modules = {n.rpartition(".")[0] for path in tree.flatten(params) for n in found.names(path)}
+        for m in saved:
+            if not any(name == m or name.endswith(f".{m}") for name in modules):
+                near = tree.nearest(m, modules)
+                raise ValueError(f"lora: modules_to_save {m!r} matches nothing; the nearest: {near}")
+        return both.init(key, params, found)
+
+    return dataclasses.replace(both, init=init_both)
 
 
 def _drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

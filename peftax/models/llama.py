@@ -1,7 +1,7 @@
 """The Llama family: Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2/3.
 
-Plain linen; module names are Hugging Face's. Positions and segments are data. Shapes: B batch, T tokens, S keys, D hidden, N heads,
-K key heads, H head size, F feed-forward, V vocabulary, L layers.
+Plain linen; module names are Hugging Face's. Positions and segments are data. Shapes: B batch, T tokens, S
+keys, D hidden, N heads, K key heads, H head size, F feed-forward, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 NO_WINDOW = np.iinfo(np.int32).max
+DEFAULTS = {  # what a config.json leaves out is what transformers' class of that type says
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +93,8 @@ def from_hf(
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
     """
-    c = dict(config)
-    kind = c["model_type"]
+    kind = config["model_type"]
+    c = {**DEFAULTS.get(kind, {}), **config}
     if remat not in REMAT:
         raise ValueError(f"model.remat {remat!r} is none of {', '.join(REMAT)}")
     heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
@@ -159,7 +174,9 @@ def _windows(c: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         return (NO_WINDOW,) * layers
     if kinds:
         return tuple(window if k == "sliding_attention" else NO_WINDOW for k in kinds)
-    first = c.get("max_window_layers", 0) if c["model_type"] != "mistral" else 0
+    if c["model_type"] == "smollm3":
+        return tuple(NO_WINDOW if roped else window for roped in _rope_layers(c, layers))
+    first = 0 if c["model_type"] == "mistral" else c["max_window_layers"]
     return tuple(window if i >= first else NO_WINDOW for i in range(layers))
 
 
@@ -192,9 +209,7 @@ class Where:
     index: jax.Array | None  # where the cache is written
 
 
-jax.tree_util.register_dataclass(
-    Where, data_fields=[f.name for f in dataclasses.fields(Where)], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Where, data_fields=[f.name for f in dataclasses.fields(Where)], meta_fields=[])
 
 
 class CoreAttention(nn.Module):
@@ -239,9 +254,7 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
                 for old, new in zip(cache, (k, v), strict=True)
             )
-            k, v = (
-                jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache
-            )
+            k, v = (jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache)
         windowed = any(w != NO_WINDOW for w in c.windows)
         y = CoreAttention(windowed, name="core_attn")(q, k, v, where, layer["window"])
         y = y.reshape(b, t, c.heads * c.head_size)
@@ -266,9 +279,7 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, where: Where):
         c = self.config
         h, cache = carry
-        x, cache = Attention(c, name="self_attn")(
-            norm(c, "input_layernorm")(h), where, layer, cache
-        )
+        x, cache = Attention(c, name="self_attn")(norm(c, "input_layernorm")(h), where, layer, cache)
         h = h + x
         h = h + Mlp(c, name="mlp")(norm(c, "post_attention_layernorm")(h))
         return (h, cache), None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 
 def visible(
@@ -24,9 +23,7 @@ def visible(
     return mask if window is None else mask & (q_pos - k_pos < window)
 
 
-def attention(
-    q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask_BxTxS: jax.Array
-) -> jax.Array:
+def attention(q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √H + mask) v with grouped heads (K divides N); softmax in f32.
 
     A query that sees no key (padding) gets a finite, meaningless row.
@@ -34,6 +31,4 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    return jax.nn.dot_product_attention(
-        q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask=mask_BxTxS[:, None], implementation="xla"
-    )
+    return jax.nn.dot_product_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask=mask_BxTxS[:, None], implementation="xla")

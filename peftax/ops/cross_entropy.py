@@ -27,8 +27,8 @@ def chunked_nll(
 
       nll[b, t] = logsumexp_v(head(h)[b, t, v]) - head(h)[b, t, target[b, t]]   where weights > 0, else 0
 
-    The sequence is split, never the flattened batch (that would gather all hidden states on a mesh). The backward pass recomputes
-    the logits of one chunk at a time; chunks in which no weight is positive are skipped.
+    The sequence is split, never the flattened batch (that would gather all hidden states on a mesh). The
+    backward pass recomputes the logits of one chunk at a time; chunks in which no weight is positive are skipped.
 
     Args:
       head: [B, C, D] -> [B, C, V].

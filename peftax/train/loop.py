@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from peftax import weights
-from peftax.core import tree
 from peftax.core import sites as core_sites
+from peftax.core import tree
 from peftax.train import evaluate, loss, optimizers, setup, writers
 from peftax.train.step import State, make_step, state_shardings
 from peftax.weights import adapters
@@ -31,7 +31,8 @@ from peftax.weights.checkpoint import Checkpoints
 def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | None = None) -> dict[str, Any]:
     """Run a config in a folder, or go on where that folder's run stopped.
 
-    The folder holds config.json, metrics.jsonl, timings.jsonl, checkpoints/ and adapter/: the best on valid, or the last.
+    The folder holds config.json, metrics.jsonl, timings.jsonl, checkpoints/ and adapter/: the best on valid,
+    or the last.
 
     Returns:
       {"step", "loss", "valid", "best", "adapter"}.
@@ -41,16 +42,14 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     _claim(workdir, config)
     c = config["train"]
 
-    # --- model, method, data -------------------------------------------------------------------------------------------------------
+    # --- model, method, data ----------------------------------------------------------------------
     base = base or setup.open_base(**config["model"], mesh=config["mesh"])
     run = setup.start(base, config["method"], seed=c["init_seed"], warm_start=config["warm_start"])
-    batches = setup.train_batches(
-        base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"]
-    )
+    batches = setup.train_batches(base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
     valid = setup.valid_rows(base, config["data"])
     show(run)
 
-    # --- optimizer and step --------------------------------------------------------------------------------------------------------
+    # --- optimizer and step -----------------------------------------------------------------------
     o = dict(config["optimizer"])
     schedule = optimizers.schedule(
         name=o.pop("schedule"),
@@ -85,15 +84,13 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     lead = PartitionSpec(None, *rows) if c["accumulate"] > 1 else rows
     on_mesh = NamedSharding(base.mesh, lead)
 
-    # --- resume --------------------------------------------------------------------------------------------------------------------
+    # --- resume -----------------------------------------------------------------------------------
     fingerprint = weights.fingerprint(base.params)
     frozen_theta = _not_base(run)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c["keep"])
     facts: dict[str, Any] = {"best": None}
     if (latest := checkpoints.latest()) is not None:
-        arrays, facts = checkpoints.restore(
-            latest, {"state": state, "frozen": frozen_theta}, base=fingerprint
-        )
+        arrays, facts = checkpoints.restore(latest, {"state": state, "frozen": frozen_theta}, base=fingerprint)
         state, frozen_theta = arrays["state"], arrays["frozen"]
         batches.set_state(facts["data"])
         logging.info("going on from step %d of %s", latest, workdir)
@@ -115,15 +112,13 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         if valid is None or facts["best"] is None or facts["valid"] < facts["best"][1]:
             facts["best"] = [step, facts.get("valid")]
             part = run.part._replace(trainable=state.trainable)
-            adapters.save(
-                workdir / "adapter", part, run.method, base.sites, base=str(base.path), extra=run.raw
-            )
+            adapters.save(workdir / "adapter", part, run.method, base.sites, base=str(base.path), extra=run.raw)
 
     def save(step: int) -> None:
         facts.update(data=batches.get_state(), base=fingerprint)
         checkpoints.save(step, {"state": state, "frozen": frozen_theta}, facts)
 
-    # --- steps ---------------------------------------------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------
     stop = _Stop()
     last: dict[str, float] = {}
     if start == 0 and valid is not None:
@@ -138,9 +133,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
             last = {k: float(v) for k, v in jax.device_get(metrics).items()}
             if not last.pop("finite"):
                 raise FloatingPointError(
-                    f"step {step}: loss {last['loss']} or gradient norm {last['grad_norm']} is not finite (batch "
-                    f"{position} of seed {config['data']['seed']}); nothing of it was kept. Lower optimizer.learning_rate or "
-                    f"look at that batch; the last checkpoint is step {checkpoints.latest()}"
+                    f"step {step}: loss {last['loss']} or gradient norm {last['grad_norm']} is not finite "
+                    f"(batch {position} of seed {config['data']['seed']}); nothing of it was kept. Lower "
+                    f"optimizer.learning_rate or look at that batch; the last checkpoint is step {checkpoints.latest()}"
                 )
             seconds = time.perf_counter() - began
             if step % c["log_every"] == 0 or step == c["steps"]:
@@ -151,9 +146,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                 look(step)
             if step % c["save_every"] == 0 or step == c["steps"] or stop.asked:
                 save(step)
-            progress.update(
-                bar, advance=1, loss=last["loss"], valid=facts.get("valid") or math.nan
-            )
+            progress.update(bar, advance=1, loss=last["loss"], valid=facts.get("valid") or math.nan)
             if stop.asked and step < c["steps"]:
                 logging.warning("stopped by a signal after step %d; run the same command to go on", step)
                 break
@@ -197,19 +190,18 @@ def _not_base(run: setup.Run) -> dict[str, Any]:
 
 def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Write the config into the folder, or check that it is the one that is there."""
-    from peftax.core.tree import flatten
-
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "config.json"
     mine = json.loads(json.dumps(config))
     if file.exists():
         theirs = json.loads(file.read_text())
-        a, b = (flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
+        a, b = (tree.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
         differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
         if differ:
+            key = differ[0]
             raise ValueError(
-                f"{workdir} holds a run of another config: {differ[0].rstrip('/').replace('/', '.')} is {b.get(differ[0])!r} there "
-                f"and {a.get(differ[0])!r} here ({len(differ)} differ); choose a new --workdir"
+                f"{workdir} holds a run of another config: {key.rstrip('/').replace('/', '.')} is {b.get(key)!r} "
+                f"there and {a.get(key)!r} here ({len(differ)} differ); choose a new --workdir"
             )
         return
     part = file.with_name(".config.json.part")

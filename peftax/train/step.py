@@ -58,7 +58,8 @@ def make_step(
       shardings: of the state; pinned on the way out, so that the second step finds the first one's program.
 
     Returns:
-      metrics: loss, weight (tokens that count), grad_norm, finite. A step whose loss or gradient is not finite changes nothing.
+      metrics: loss, weight (tokens that count), grad_norm, finite. A step whose loss or gradient is not finite
+        changes nothing.
     """
 
     def total(trainable, frozen, batch, key):

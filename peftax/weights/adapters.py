@@ -1,4 +1,6 @@
-"""Adapters in and out: Hugging Face PEFT's folder where the method has a PEFT type, the same tensors beside our own JSON elsewhere."""
+"""Adapters in and out: Hugging Face PEFT's folder where the method has a PEFT type, the same tensors beside
+our own JSON elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +65,7 @@ def load(
         value = np.zeros(leaf.shape, np.float32)
         for key, index, own in _places(path, leaf, method, sites):
             if key not in tensors:
-                raise ValueError(
-                    f"{folder}: holds no tensor {key!r}; the nearest: {tree.nearest(key, tensors, 1)}"
-                )
+                raise ValueError(f"{folder}: holds no tensor {key!r}; the nearest: {tree.nearest(key, tensors, 1)}")
             tensor = tensors.pop(key)
             if tensor.shape != own.tensor_shape:
                 raise ValueError(
@@ -125,10 +125,10 @@ def save(
     return folder
 
 
-def _places(
-    path: str, leaf: Any, method: Method, sites: Sites
-) -> Iterator[tuple[str, Any, names.Leaf]]:
-    """Where a trainable leaf stands in the file: (tensor name, its part of the leaf, how it is turned), layer by layer."""
+def _places(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple[str, Any, names.Leaf]]:
+    """Where a trainable leaf stands in the file: (tensor name, its part of the leaf, how it is turned), layer
+    by layer.
+    """
     targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     if _is_theta(path, method):
         site, piece, axes = theta_of(path, method, sites)

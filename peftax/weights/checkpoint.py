@@ -24,9 +24,7 @@ class Checkpoints:
         """arrays: a pytree; facts: JSON (data position, the base's fingerprint, the best so far)."""
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(dict(facts))
-            ),
+            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(dict(facts))),
         )
 
     def restore(self, step: int, like: Any, *, base: str) -> tuple[Any, dict[str, Any]]:
@@ -40,12 +38,8 @@ class Checkpoints:
                 f"checkpoint {step} was trained on another base (fingerprint {facts['base'][:12]}, this one "
                 f"{base[:12]}): give it the base it was trained on, or start in a new workdir"
             )
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        arrays = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
-        ).arrays
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))).arrays
         return arrays, facts
 
     def close(self) -> None:

@@ -33,7 +33,8 @@ def one(base_path: str | Path, adapter: str | Path, inputs: str | Path, expect: 
 
 
 def cases(folder: str | Path, *, only: Sequence[str] | None = None) -> list[Result]:
-    """Every case of a folder: base_model.safetensors, config.json and input_ids.npy in it, one adapter folder with logits.npy a case.
+    """Every case of a folder: base_model.safetensors, config.json and input_ids.npy in it, one adapter folder
+    with logits.npy a case.
 
     Cases of methods that are not supported come back as skipped, with the reason.
     """

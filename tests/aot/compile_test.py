@@ -1,21 +1,34 @@
-"""A LoRA train step compiles for a TPU and for GPUs that are not here, and its memory is known."""
+"""The LoRA step of a Llama compiles for a TPU and for GPUs that are not here, and its memory is known."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from peftax import methods, models, sharding
+from peftax.core import sites, tree
+from peftax.train import loss
+from peftax.train.step import State, make_step, state_shardings
 from tests.aot import machines
 
 pytestmark = pytest.mark.aot
 
-LAYERS, WIDTH, RANK = 16, 2048, 16
-BATCH, LENGTH = 16, 1024  # what is kept for the backward pass must not fit a TPU's VMEM (128 MiB)
+CONFIG = dict(  # Llama-3.2-1B's shapes, a quarter of its layers and of its vocabulary
+    model_type="llama",
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=4,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32768,
+    tie_word_embeddings=True,
+    rope_theta=500000.0,
+)
+BATCH, LENGTH, CHUNK = 8, 1024, 128
 WORKSPACE = 32 << 20  # cublasLt's on an H100; XLA counts it as a temporary
 
 # name: platform, its devices, the size of the data axis, a mark of the compiler in the program
@@ -29,59 +42,38 @@ CASES = {
 
 
 def step_for(devices: Sequence[jax.Device], data: int = 1):
-    """A jitted step and its abstract arguments (state, frozen, batch), laid out over `devices`.
-
-    A stand-in: residual layers x + tanh(x W + x a b), scanned, W frozen and bf16. The batch is
-    split over both axes; what is frozen, and theta with its optimizer, over fsdp.
+    """The jitted training step of LoRA on all linears and its abstract arguments (state, frozen, batch) over
+    `devices`.
     """
-    mesh = Mesh(np.array(devices).reshape(data, -1), ("data", "fsdp"))
-
-    def at(*spec):
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    def abstract(shape, dtype, *spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=at(*spec))
-
+    mesh = sharding.make_mesh(data=data, fsdp=-1, devices=devices)
+    model = models.build(CONFIG, scan=True, remat="full", dtype="bfloat16", param_dtype="bfloat16")
+    shapes = models.abstract(model)
+    found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    method = methods.make("lora", rank=16)
+    part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, found), shapes)
+    specs = sharding.base_specs(shapes, found, mesh)
     optimizer = optax.adamw(1e-4)
-    trainable = {
-        "a": abstract((LAYERS, WIDTH, RANK), jnp.float32, None, "fsdp", None),
-        "b": abstract((LAYERS, RANK, WIDTH), jnp.float32, None, None, "fsdp"),
+
+    def placed(shapes, places):
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+
+    frozen = placed(part.frozen, sharding.shardings(part.frozen, method, found, specs, mesh))
+    trainable = sharding.shardings(part.trainable, method, found, specs, mesh)
+    state = jax.eval_shape(lambda t: State.create(t, optimizer), part.trainable)
+    places = state_shardings(state, trainable, optimizer, NamedSharding(mesh, PartitionSpec()))
+    rows = NamedSharding(mesh, sharding.BATCH)
+    kinds = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct((BATCH, LENGTH), dtype, sharding=rows)
+        for name, dtype in {**kinds, "weights": jnp.float32}.items()
     }
-    shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, like: like.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: at(),
-    )
-    moments = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(optimizer.init, trainable),
-        shardings,
-    )
-    state = {"trainable": trainable, "optimizer": moments}
-    frozen = {"kernel": abstract((LAYERS, WIDTH, WIDTH), jnp.bfloat16, None, "fsdp", None)}
-    rows = abstract((BATCH, LENGTH, WIDTH), jnp.bfloat16, ("data", "fsdp"), None, None)
-    batch = {"x": rows, "y": rows}
 
-    @jax.checkpoint
-    def layer(x_BxTxD, leaves):
-        w, a, b = (leaves[k].astype(x_BxTxD.dtype) for k in ("kernel", "a", "b"))
-        x_BxTxD = x_BxTxD + jnp.tanh(x_BxTxD @ w + (x_BxTxD @ a) @ b)
-        return jax.lax.with_sharding_constraint(x_BxTxD, rows.sharding), None
+    def objective(apply, params, batch, ctx):
+        return loss.causal_lm(apply, params, batch, ctx, chunk=CHUNK)
 
-    def loss_of(trainable, frozen, batch):
-        y_BxTxD, _ = jax.lax.scan(layer, batch["x"], {**frozen, **trainable})
-        return jnp.mean(jnp.square((y_BxTxD - batch["y"]).astype(jnp.float32)))
-
-    def step(state, frozen, batch):
-        loss, grads = jax.value_and_grad(loss_of)(state["trainable"], frozen, batch)
-        updates, moments = optimizer.update(grads, state["optimizer"], state["trainable"])
-        trainable = optax.apply_updates(state["trainable"], updates)
-        return {"trainable": trainable, "optimizer": moments}, loss
-
-    out = (jax.tree.map(lambda leaf: leaf.sharding, state), at())
-    return jax.jit(step, donate_argnums=0, out_shardings=out), (state, frozen, batch)
+    apply = sites.inject(model.apply, method, rows=rows if len(devices) > 1 else None)
+    step = make_step(apply, objective, optimizer, shardings=places)
+    return step, (placed(state, places), frozen, batch)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -116,24 +108,37 @@ def test_memory(case):
     padding = 512 * leaves if platform == "tpu" else 0  # a scalar takes a tile
     assert expected <= memory["arguments"] <= expected + padding
 
-    # theta and its optimizer state are given back in place; besides them only the loss comes out
+    # theta and its optimizer state are given back in place; besides them only the metrics come out
     returned = machines.shard_bytes(args[0])
     assert memory["aliases"] >= returned
-    assert memory["outputs"] - memory["aliases"] <= 2048
+    assert memory["outputs"] - memory["aliases"] <= 4096
 
-    # kept for the backward pass: each layer's input; while working: a few activations, in f32
-    activation = BATCH * LENGTH * WIDTH // len(devices)
-    kept = 2 * LAYERS * activation
-    assert memory["temporaries"] <= kept + 5 * 4 * activation + WORKSPACE
+    # kept for the backward pass: each layer's input in bf16; while working: one layer's attention scores and
+    # gates in f32, and the logits of one chunk
+    rows = BATCH // len(devices)
+    kept = 2 * CONFIG["num_hidden_layers"] * rows * LENGTH * CONFIG["hidden_size"]
+    scores = 4 * rows * CONFIG["num_attention_heads"] * LENGTH * LENGTH
+    gates = 4 * rows * LENGTH * CONFIG["intermediate_size"]
+    logits = 4 * rows * CHUNK * CONFIG["vocab_size"]
+    assert memory["temporaries"] <= kept + 3 * scores + 3 * gates + 3 * logits + WORKSPACE
     assert memory["bytes"] >= memory["arguments"] + kept
 
 
 def test_no_whole_stack_in_float32(case):
     *_, (_, frozen, _), _, compiled = case
-    kernel = frozen["kernel"]
     text = compiled.as_text()
-    for shape in (kernel.shape, kernel.sharding.shard_shape(kernel.shape)):
-        assert f"f32[{','.join(map(str, shape))}]" not in text
+    kernels = {p: x for p, x in tree.flatten(frozen).items() if p.endswith("/kernel")}
+    assert kernels
+    for kernel in kernels.values():
+        for shape in (kernel.shape, kernel.sharding.shard_shape(kernel.shape)):
+            assert f"f32[{','.join(map(str, shape))}]" not in text
+
+
+def test_no_logits_of_all_tokens(case):
+    _, devices, _, _, compiled = case
+    rows, vocab = BATCH // len(devices), CONFIG["vocab_size"]
+    for shape in (f"{rows},{LENGTH},{vocab}", f"{rows * LENGTH},{vocab}", f"{BATCH},{LENGTH},{vocab}"):
+        assert f"[{shape}]" not in compiled.as_text()
 
 
 def test_unknown_gpu_names_the_known():

@@ -49,9 +49,7 @@ def gpu(name: str = "h100", count: int = 1) -> list[jax.Device]:
     if count < 1 or count % per_host:
         raise ValueError(f"gpu(count={count}): give 1 to 8, or a multiple of 8")
     topology = f"1x{count // per_host}x{per_host}"  # slices x hosts x GPUs of one host
-    description = topologies.get_topology_desc(
-        name, platform="cuda", topology=topology, target_config=path.read_text()
-    )
+    description = topologies.get_topology_desc(name, platform="cuda", topology=topology, target_config=path.read_text())
     return list(description.devices)
 
 
@@ -66,9 +64,7 @@ def compile(step, *args) -> jax.stages.Compiled:
 
 def shard_bytes(tree) -> int:
     """Bytes that one device holds of an abstract tree with shardings, before any padding."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:

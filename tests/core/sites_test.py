@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peftax import methods
 from peftax.core import sites, tree, views
 from peftax.core.method import Ctx, chain
 from peftax.methods.lora import lora
@@ -191,7 +192,7 @@ def test_init_is_the_same_scanned_and_unrolled():
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda v, i=i: v[i], one), other[str(i)])
 
 
-# --- layers of one scan that differ --------------------------------------------------------------------------------------------------
+# --- layers of one scan that differ ---------------------------------------------------------------
 
 
 def test_some_layers_under_a_scan():
@@ -223,7 +224,7 @@ def test_a_selection_of_layers_inside_one_array_is_refused():
     assert list(tree.flatten(part.trainable)) == ["layers/1/up/bias"]
 
 
-# --- count ------------------------------------------------------------------------------------------------------------------------------
+# --- count ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["scan", "unrolled"])
@@ -241,7 +242,7 @@ def test_count_of_moved_leaves():
     assert sites.count(method, params, all_sites) == {"trainable": 7, "total": tree.count(params)}
 
 
-# --- what inject refuses -----------------------------------------------------------------------------------------------------------------
+# --- what inject refuses --------------------------------------------------------------------------
 
 
 def test_a_pattern_that_matches_nothing_names_sites():
@@ -294,7 +295,7 @@ def test_inject_works_inside_jit_and_after_the_plain_model_was_compiled():
     toys.close(plain(params, x), base, 0)
 
 
-# --- what users add ------------------------------------------------------------------------------------------------------------------------
+# --- what users add -------------------------------------------------------------------------------
 
 
 class Scaled(nn.Module):
@@ -345,6 +346,32 @@ def test_a_subclass_is_its_parents_site():
     assert set(sites.find(Holder().apply, params, x)) == {"own"}
 
 
+class Rooted(nn.Module):
+    """Parameters of the model itself, as a vision transformer's positions are."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + self.param("positions", nn.initializers.normal(1.0), (1, x.shape[-1]))
+        return nn.Dense(3, name="out")(x) + self.param("bias", nn.initializers.zeros, (1, 3))
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": "all"}, {"modules_to_save": ["out"], "targets": "all-linear"}])
+def test_parameters_at_the_root(settings):
+    x = jnp.ones((2, 5))
+    params = toys.numbers(jax.eval_shape(Rooted().init, jax.random.key(0), x)["params"])
+    all_sites = sites.find(Rooted().apply, params, x)
+    assert list(all_sites) == ["out"]
+    if "modules_to_save" in settings:
+        with pytest.raises(ValueError, match="match none of out"):
+            lora(**settings).init(jax.random.key(0), params, all_sites)
+        return
+    trainable = tree.flatten(lora(**settings).init(jax.random.key(0), params, all_sites).trainable)
+    assert ("bias" in trainable) == ("out/bias" in trainable) == bool(settings)
+    assert methods.make("full").init(jax.random.key(0), params, all_sites).trainable == params
+    biases = methods.make("bitfit").init(jax.random.key(0), params, all_sites).trainable
+    assert set(tree.flatten(biases)) == {"bias", "out/bias"}
+
+
 def test_two_adapters_stand_on_one_base():
     model, params, x, all_sites = found("mlp")
     red, blue = lora(adapter="red", rank=2), lora(adapter="blue", rank=3)
@@ -356,6 +383,22 @@ def test_two_adapters_stand_on_one_base():
     alone = {k: {**v, "lora": {"red": v["lora"]["red"]}} for k, v in merged.items()}
     toys.close(one, toys.run(model, red, alone, x), 0)
     assert float(jnp.abs(one - other).max()) > 1e-2
+
+
+def test_two_methods_at_one_site_are_refused():
+    model, params, x, all_sites = found("mlp")
+    other = sites.per_kernel(
+        "other",
+        init=lambda key, k: {"trainable": {"s": jnp.ones(())}},
+        call=lambda theta, x, k, ctx: x @ k.w * theta["s"],
+        fold=lambda theta, k: k.replace(w=k.w * theta["s"]),
+        axes={"s": ()},
+        settings=lambda name, kind: {} if name == "down" else None,
+    )
+    both = chain(lora(rank=2), other)
+    merged = tree.merge(*toys.start(both, params, all_sites))
+    with pytest.raises(ValueError, match="lora and other meet at 'down'"):
+        sites.inject(model.apply, both)({"params": merged}, x)
 
 
 def test_dropout_keys_differ_by_site_and_layer_and_agree_between_scan_and_unrolled():

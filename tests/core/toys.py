@@ -101,9 +101,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         if self.scan:
-            scanned = nn.scan(
-                nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-            )
+            scanned = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
             return scanned(name="layers")(x, None)[0]
         return Unrolled(name="layers")(x)
 

@@ -1,6 +1,7 @@
 """The laws of docs/design.md, for every method that peftax/methods holds. Nothing here names one.
 
-A new file is tested by being there. What a method's record says decides what is asked of it: one without `call` adds no leaves,
+A new file is tested by being there. What a method's record says decides what is asked of it: one without
+`call` adds no leaves,
 one whose text promises "Identity at init" has to be it. All but that law run at a perturbed theta.
 """
 
@@ -61,9 +62,12 @@ class Case:
         batch = tiny.batch()
         return jax.jit(lambda p: apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"]))
 
-    @functools.cache  # noqa: B019
     def gradient(self, scan=True, remat="none", dropout=True):
         """(seed, batch) -> (mean loss, gradients) of the perturbed theta."""
+        return self._gradient(scan, remat, dropout and self.drops)
+
+    @functools.cache  # noqa: B019
+    def _gradient(self, scan, remat, dropout):
         apply = sites.inject(tiny.model(scan, remat).apply, self.method)
 
         @jax.jit
@@ -84,21 +88,21 @@ class Case:
         # trace(0) only remembers the gradient that it has just seen
         optimizer = optax.chain(optax.trace(0.0), optimizer)
         frozen, trainable, batch = self.frozen, jax.tree.map(jnp.copy, self.trainable), options.pop("batch", None)
-        batch = tiny.batch() if batch is None else batch
+        batch, rows = tiny.batch() if batch is None else batch, None
         if mesh is not None:
             base = sharding.base_specs(tiny.params(), self.sites, mesh)
             lie = functools.partial(sharding.shardings, method=self.method, sites=self.sites, base=base, mesh=mesh)
             frozen, trainable = (jax.device_put(x, lie(x)) for x in (frozen, trainable))
-            batch = jax.device_put(batch, NamedSharding(mesh, sharding.BATCH))
+            rows = NamedSharding(mesh, sharding.BATCH)
+            batch = jax.device_put(batch, rows)
             state = State.create(trainable, optimizer)
             replicated = NamedSharding(mesh, PartitionSpec())
             options["shardings"] = state_shardings(state, lie(trainable), optimizer, replicated)
             state = jax.device_put(state, options["shardings"])
         else:
             state = State.create(trainable, optimizer)
-        step = make_step(
-            sites.inject(tiny.model().apply, self.method), causal_lm, optimizer, **options
-        )
+        apply = sites.inject(tiny.model().apply, self.method, rows=rows)
+        step = make_step(apply, causal_lm, optimizer, **options)
         before, losses, first = jax.tree.map(np.array, frozen), [], None
         for _ in range(STEPS):
             old = state
@@ -116,7 +120,7 @@ class Case:
 
     @functools.cache  # noqa: B019
     def sgd(self, devices):
-        optimizer = optimizers.make(name="sgd", schedule=optax.constant_schedule(0.1))
+        optimizer = optimizers.make(name="sgd", schedule=optax.constant_schedule(0.01))
         return self.train(optimizer, MESHES[devices](), dropout_seed=5 if self.drops else None)
 
     @functools.cache  # noqa: B019
@@ -144,7 +148,9 @@ def case(request):
 @functools.cache
 def base_logits():
     batch = tiny.batch()
-    apply = jax.jit(lambda p: tiny.model().apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"]))
+    apply = jax.jit(
+        lambda p: tiny.model().apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    )
     return apply, apply(tiny.params())
 
 
@@ -194,9 +200,7 @@ def test_2_axes_name_every_leaf(case):
 
 def test_2_init_works_on_shapes_and_count_agrees(case):
     shapes = jax.eval_shape(lambda p: case.method.init(jax.random.key(0), p, case.sites), tiny.params())
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), case.start
-    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), case.start)
     counted = sites.count(case.method, tiny.params(), case.sites)
     assert counted["trainable"] == tree.count(case.start.trainable)
     added = sum(x.size for p, x in tree.flatten(case.start.trainable).items() if p not in tree.flatten(tiny.params()))
@@ -240,8 +244,10 @@ def test_4_trainable_leaves_only(case):
 
 
 def test_5_init_is_the_same_unrolled(case):
-    for scanned, unrolled in zip(case.start, case.init(scan=False), strict=True):
-        tiny.close(tiny.unstack(scanned), unrolled, 1e-6)
+    tiny.close(tiny.unstack(tree.merge(*case.start)), tree.merge(*case.init(scan=False)), 1e-6)
+    assert (
+        tree.flatten(tiny.unstack(case.start.trainable)).keys() == tree.flatten(case.init(scan=False).trainable).keys()
+    )
 
 
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none"), (False, "full")])
@@ -269,7 +275,7 @@ def test_5_devices_sgd(case, devices):
     losses_8, first_8, _ = case.sgd(devices)
     tiny.close(first, first_8, 1e-5)
     np.testing.assert_allclose(losses_8, losses, rtol=1e-5)
-    assert losses[-1] != losses[0]
+    assert abs(losses[-1] - losses[0]) > 1e-3 * losses[0]
 
 
 def test_5_devices_adam(case):
@@ -329,13 +335,13 @@ def test_9_packing(case):
 
 
 def test_10_overfits_one_batch(case):
-    """Two examples, a few tokens: even biases can learn them."""
+    """Two examples, seven tokens: even biases can learn them."""
     batch = {k: np.where(np.arange(8)[:, None] < 2, v, np.zeros_like(v)) for k, v in tiny.batch().items()}
-    optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(2e-2))
+    optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(3e-2))
     step = make_step(sites.inject(tiny.model().apply, case.method), causal_lm, optimizer)
     state = State.create(jax.tree.map(jnp.copy, case.start.trainable), optimizer)
     losses = []
-    for _ in range(150):
+    for _ in range(200):
         state, metrics = step(state, case.frozen, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])

@@ -50,6 +50,8 @@ def params(scan=True):
     for path, shape in tree.flatten(models.abstract(model())).items():
         leaf = path.rsplit("/", 1)[1]
         size = {"kernel": 1 / np.sqrt(shape.shape[-2:][0]), "embedding": 1.0}.get(leaf, 0.1)
+        if path == "lm_head/kernel":
+            size *= 2  # a fixed small head would bound how far the loss can fall
         centre = 1.0 if leaf == "scale" else 0.0
         flat[path] = jnp.asarray(rng.normal(centre, size, shape.shape), jnp.float32)
     return tree.unflatten(flat)

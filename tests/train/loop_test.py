@@ -113,7 +113,9 @@ def test_killed_process_resumes_bit_identical(files, tmp_path, how):
     env = {**os.environ, "XLA_FLAGS": ""}
 
     def run(workdir, **kwargs):
-        return subprocess.Popen([*command, f"--workdir={workdir}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs)
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs
+        )
 
     assert run(tmp_path / "whole").wait() == 0
     process = run(tmp_path / "killed")

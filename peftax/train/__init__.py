@@ -1,0 +1,1 @@
+"""Running a method: steps, loops, scores."""
