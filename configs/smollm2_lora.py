@@ -15,6 +15,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.train_length = 384
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 10
-    config.train.steps = 100
+    config.train.steps = 120
     config.train.batch_size = 2
+    config.train.chunk = 96
+    config.train.eval_every = 40
+    config.train.save_every = 40
     return config

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from peftax.core import hf, sites, tree
 from peftax.core.method import Ctx, Kernel, Method, chain
 from peftax.core.targets import Patterns, Targets, by_pattern
-from peftax.ops.product import linear, matmul
+from peftax.ops.product import linear, matmul, narrow
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "scale": ()}
 
@@ -74,8 +74,11 @@ def lora(
         return {"trainable": {"a": a, "b": b}, "frozen": {"scale": jnp.float32(scale)}}
 
     def call(theta, x, k: Kernel, ctx: Ctx):
-        x_a = _drop(x, dropout, ctx.key) if k.kind != "embed" else x
-        return linear(x, k.w, k.b) + matmul(matmul(x_a, theta["a"]), theta["b"]) * theta["scale"]
+        if k.kind == "embed":
+            low = matmul(x, theta["a"])
+        else:
+            low = narrow(_drop(x, dropout, ctx.key), theta["a"])
+        return linear(x, k.w, k.b) + narrow(low, theta["b"]) * theta["scale"]
 
     def fold(theta, k: Kernel) -> Kernel:
         return k.replace(w=k.w + theta["scale"] * (theta["a"] @ theta["b"]))

@@ -56,7 +56,7 @@ def open_base(
     *,
     path: str,
     revision: str | None = None,
-    scan: bool = False,
+    scan: bool = True,
     remat: str = "none",
     dtype: str = "float32",
     param_dtype: str = "float32",
