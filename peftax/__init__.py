@@ -3,6 +3,7 @@
 from peftax.core.method import Ctx, Method, Partition, chain
 from peftax.core.sites import Site, Sites, count, find, inject, register
 from peftax.core.tree import merge, split
+from peftax.methods import make
 
 __all__ = [
     "Ctx",
@@ -14,6 +15,7 @@ __all__ = [
     "count",
     "find",
     "inject",
+    "make",
     "merge",
     "register",
     "split",

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         text = error.args[0] if isinstance(error, KeyError) else str(error)
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        notes = "".join(f" ({n})" for n in getattr(error, "__notes__", ()) if n.startswith("at site"))
         print(f"peftax {args.command}: {text}{notes}", file=sys.stderr)
         return 1
 

@@ -94,8 +94,6 @@ def test_the_patterns_find_what_they_should(line):
     assert any(re.search(p, line) for p in LOCAL.values())
 
 
-@pytest.mark.parametrize(
-    "line", ["frame/work/x.py", "arxiv.org/abs/2106.09685", "docs/home/page", "$HOME/.pyenv"]
-)
+@pytest.mark.parametrize("line", ["frame/work/x.py", "arxiv.org/abs/2106.09685", "docs/home/page", "$HOME/.pyenv"])
 def test_the_patterns_pass_what_is_fine(line):
     assert not any(re.search(p, line) for p in LOCAL.values())

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -345,17 +345,24 @@ def select(
     *,
     config: Mapping[str, Any] | None = None,
     required: bool = True,
+    modules: Sequence[str] = (),
 ) -> Method:
     """A method that trains leaves of the base as they are.
 
     Args:
-      chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias", leaf names are the tree's)
-        -> train it?
+      chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias"; the last part is
+        the tree's own) -> train it?
       required: raise when nothing is chosen.
+      modules: raise when one of these suffixes is no module that holds a leaf.
     """
 
     def init(key, params, sites) -> Partition:
         del key
+        holders = {n.rpartition(".")[0] for path in tree.flatten(params) for n in sites.names(path)}
+        for m in modules:
+            if not any(holder == m or holder.endswith(f".{m}") for holder in holders):
+                near = tree.nearest(m, holders)
+                raise ValueError(f"{name}: module {m!r} is not in the model; the nearest: {near}")
 
         def take(path: str) -> bool:
             votes = [chosen(n) for n in sites.names(path)]

@@ -53,14 +53,10 @@ def fetch(requirement: str, sha256: str, *, into: str | os.PathLike[str] | None 
             lines = (done.stderr or done.stdout).strip().splitlines() or ["pip said nothing"]
             why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
             raise FileNotFoundError(
-                f"cannot download {requirement} into {folder}: {why} "
-                "(set PEFTAX_CACHE to a folder that has it)"
+                f"cannot download {requirement} into {folder}: {why} (set PEFTAX_CACHE to a folder that has it)"
             )
         if (found := checksum(got[0])) != sha256:
-            raise ValueError(
-                f"{got[0].name} has sha256 {found}, expected {sha256}: "
-                "not the pinned file, not kept"
-            )
+            raise ValueError(f"{got[0].name} has sha256 {found}, expected {sha256}: not the pinned file, not kept")
         target = folder / got[0].name
         os.replace(got[0], target)
     return target

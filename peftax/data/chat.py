@@ -39,9 +39,7 @@ class _Piece:
     offsets: list[Span]
 
 
-def prompt_ids(
-    messages: Sequence[Mapping[str, Any]] | str, tokenizer: Any, **template: Any
-) -> list[int]:
+def prompt_ids(messages: Sequence[Mapping[str, Any]] | str, tokenizer: Any, **template: Any) -> list[int]:
     """The ids to generate from: the generation prompt of a chat, or a plain text's own ids."""
     text = messages if isinstance(messages, str) else _render(messages, tokenizer, True, template)
     return _tokenize(text, tokenizer).ids
@@ -66,8 +64,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> Example:
         pieces = [(prompt, False, row["prompt"]), (answer, True, row["prompt"] + content)]
     else:
         raise ValueError(
-            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: "
-            "rename its columns"
+            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: rename its columns"
         )
     ids: list[int] = []
     weights: list[float] = []
@@ -134,9 +131,7 @@ def encode_all(
         counts,
     )
     if counts["rows"] and not examples:
-        raise ValueError(
-            f"{split}: all {counts['rows']} rows are above {length} tokens: raise the context"
-        )
+        raise ValueError(f"{split}: all {counts['rows']} rows are above {length} tokens: raise the context")
     return examples, counts
 
 
@@ -186,15 +181,12 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bo
 def _render(messages: Any, tokenizer: Any, generate: bool, template: Mapping[str, Any]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "the tokenizer has no chat template: set tokenizer.chat_template, "
-            "or give rows of prompt and completion"
+            "the tokenizer has no chat template: set tokenizer.chat_template, or give rows of prompt and completion"
         )
     # A table's columns hold None where a message lacks a key; the template must not see those.
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate, **template
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **template)
     except Exception as err:  # jinja's errors: the template refuses this order of roles
         roles = [m.get("role") for m in messages]
         raise ValueError(f"the chat template refuses turns {roles}: {err}") from err
@@ -233,18 +225,14 @@ def _end_of_turn(ids: Sequence[int], tokenizer: Any) -> int:
     return len(ids)
 
 
-def _overlaps(
-    piece: _Piece, text: str, begin: int, content: str, spans: Sequence[Span]
-) -> list[int]:
+def _overlaps(piece: _Piece, text: str, begin: int, content: str, spans: Sequence[Span]) -> list[int]:
     if len(piece.offsets) != len(piece.ids):
         raise ValueError("spans need a fast tokenizer (one that returns character offsets)")
     core = content.strip()  # templates may trim
     at = text.find(core, begin)
     start = at - (len(content) - len(content.lstrip()))
     if not core or at < 0:
-        raise ValueError(
-            "the chat template rewrites the assistant turn: its spans cannot be placed"
-        )
+        raise ValueError("the chat template rewrites the assistant turn: its spans cannot be placed")
     inside = np.zeros(len(text) + 1, np.int32)
     for a, b in spans:
         inside[max(start + a, 0) : start + b] = 1

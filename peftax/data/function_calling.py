@@ -53,10 +53,7 @@ def load(wheel: str | os.PathLike[str]) -> list[Row]:
     dropped: Counter[str] = Counter()
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:
-            answers = {
-                a["id"]: a["ground_truth"]
-                for a in _lines(archive, f"possible_answer/BFCL_v4_{name}")
-            }
+            answers = {a["id"]: a["ground_truth"] for a in _lines(archive, f"possible_answer/BFCL_v4_{name}")}
             for raw in _lines(archive, f"BFCL_v4_{name}"):
                 row = _row(raw, answers.get(raw["id"]), name)
                 key = normalize(row["question"]) if row else ""
@@ -76,9 +73,7 @@ def normalize(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def split(
-    rows: Sequence[Row], *, seed: int = 0, test: int = 240, valid: int = 100
-) -> dict[str, list[Row]]:
+def split(rows: Sequence[Row], *, seed: int = 0, test: int = 240, valid: int = 100) -> dict[str, list[Row]]:
     """Train, valid and test without leaks.
 
     Rows that list a function of the same name fall into the same split: so no function that is
@@ -90,10 +85,7 @@ def split(
     share = float(np.mean([len(r["tools"]) > 1 for r in rows]))
     out: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
     order = np.random.default_rng(seed).permutation(len(parts))
-    want = {
-        k: {True: round(n * share), False: n - round(n * share)}
-        for k, n in (("test", test), ("valid", valid))
-    }
+    want = {k: {True: round(n * share), False: n - round(n * share)} for k, n in (("test", test), ("valid", valid))}
     for part in (parts[int(i)] for i in order):
         many = sum(len(r["tools"]) > 1 for r in part)
         to = "train"
@@ -169,9 +161,7 @@ def example(row: Row, *, describe: str = "tools", grouped: bool = False) -> dict
     return {**chat, "spans": value_spans(row)} if grouped else chat
 
 
-def prompt(
-    row: Row, *, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools"
-) -> list[Message]:
+def prompt(row: Row, *, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools") -> list[Message]:
     """The chat up to the answer.
 
     `instructed` says the answer's format in words, for models not tuned on it.
@@ -179,9 +169,7 @@ def prompt(
     return [*prefix(instructed=instructed, shots=shots, describe=describe), _ask(row, describe)]
 
 
-def prefix(
-    *, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools"
-) -> list[Message]:
+def prefix(*, instructed: bool = False, shots: Sequence[Row] = (), describe: str = "tools") -> list[Message]:
     """What the prompts of all rows begin with: the system message and the shots."""
     messages = [{"role": "system", "content": SYSTEM + (FORMAT if instructed else "")}]
     for shot in shots:
@@ -204,17 +192,13 @@ def pick_shots(train: Sequence[Row], count: int = 3) -> list[Row]:
     able = [r for r in train if len(r["tools"]) > 1 and plain(r)]
     shots: list[Row] = []
     names: set[str] = set()
-    for row in sorted(
-        able, key=lambda r: (len(_ask(r, "full")["content"]) + len(target(r)), r["id"])
-    ):
+    for row in sorted(able, key=lambda r: (len(_ask(r, "full")["content"]) + len(target(r)), r["id"])):
         mine = {t["name"] for t in row["tools"]}
         if len(shots) < count and not mine & names:
             shots.append(row)
             names |= mine
     if len(shots) < count:
-        raise ValueError(
-            f"only {len(shots)} of {count} shots: too few plain training rows with 2 tools"
-        )
+        raise ValueError(f"only {len(shots)} of {count} shots: too few plain training rows with 2 tools")
     return shots
 
 
@@ -268,9 +252,7 @@ def _ask(row: Row, describe: str) -> Message:
 def _parameters(schema: Mapping[str, Any], describe: str) -> dict[str, Any]:
     required = set(schema.get("required", ()))
     properties = schema.get("properties", {})
-    return {
-        k + ("" if k in required else "?"): _parameter(p, describe) for k, p in properties.items()
-    }
+    return {k + ("" if k in required else "?"): _parameter(p, describe) for k, p in properties.items()}
 
 
 def _parameter(schema: Mapping[str, Any], describe: str) -> Any:
@@ -347,9 +329,7 @@ def parse(text: str) -> list[dict[str, Any]] | None:
     return None
 
 
-def aggregate(
-    scores: Iterable[Mapping[str, bool]], rows: Iterable[Row]
-) -> dict[str, dict[str, float]]:
+def aggregate(scores: Iterable[Mapping[str, bool]], rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     """Rates of parse, name and match: of all rows, of those with one tool, of those with 2+."""
     pairs = list(zip(scores, rows, strict=True))
     chosen = {
@@ -368,11 +348,7 @@ def aggregate(
 
 
 def _is_call(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("arguments"), dict)
-    )
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict)
 
 
 def _match(given: Mapping[str, Any], row: Row) -> bool:
@@ -382,9 +358,7 @@ def _match(given: Mapping[str, Any], row: Row) -> bool:
     if not set(given) <= set(properties):
         return False
     # "" among the accepted values means "left out"; given in words it is a value, of strings only.
-    if any(
-        v == "" and properties[k].get("type") not in ("string", "any") for k, v in given.items()
-    ):
+    if any(v == "" and properties[k].get("type") not in ("string", "any") for k, v in given.items()):
         return False
     if not set(schema.get("required", ())) <= set(given):
         return False

@@ -57,9 +57,7 @@ def fill(rows: Rows) -> float:
 def _size(example: Example, length: int) -> int:
     n = len(example.tokens)
     if n > length:
-        raise ValueError(
-            f"an example has {n} tokens, a row holds {length}: apply a length policy first"
-        )
+        raise ValueError(f"an example has {n} tokens, a row holds {length}: apply a length policy first")
     return n
 
 

@@ -58,13 +58,10 @@ class Batches(Iterator[Rows]):
         n = len(rows["tokens"])
         whole = batch_size * accumulate
         if min(batch_size, accumulate) < 1:
-            raise ValueError(
-                f"batch_size {batch_size} and accumulate {accumulate} must be at least 1"
-            )
+            raise ValueError(f"batch_size {batch_size} and accumulate {accumulate} must be at least 1")
         if drop_remainder and n < whole:
             raise ValueError(
-                f"{n} rows do not fill one batch of {accumulate} x {batch_size}: "
-                "make it smaller, or keep the remainder"
+                f"{n} rows do not fill one batch of {accumulate} x {batch_size}: make it smaller, or keep the remainder"
             )
         self._rows, self._shape = rows, (accumulate, batch_size)
         order = grain.MapDataset.range(n)
@@ -98,9 +95,7 @@ class Batches(Iterator[Rows]):
         for name, array in self._rows.items():
             part = array[index]
             if len(part) < k * b:
-                part = np.concatenate(
-                    [part, np.zeros((k * b - len(part), *part.shape[1:]), part.dtype)]
-                )
+                part = np.concatenate([part, np.zeros((k * b - len(part), *part.shape[1:]), part.dtype)])
             batch[name] = part.reshape(k, b, *part.shape[1:]) if k > 1 else part
         return batch
 

@@ -31,9 +31,7 @@ def load(
     whatever the split.
     """
     if not isinstance(source, str | os.PathLike):
-        rows: Any = (
-            source if isinstance(source, Sequence) or hasattr(source, "features") else list(source)
-        )
+        rows: Any = source if isinstance(source, Sequence) or hasattr(source, "features") else list(source)
         if len(rows) and not isinstance(rows[0], Mapping):
             raise ValueError(f"rows must be dicts, the first is a {type(rows[0]).__name__}")
         return _filled(rows, "the given list", split)
@@ -43,19 +41,14 @@ def load(
     if not path.exists() and (kind or text.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"no data file at {text}{_nearest(path)}")
     if path.is_file() and kind is None:
-        raise ValueError(
-            f"{text}: cannot read {path.suffix or 'a file without suffix'}; "
-            f"use {', '.join(FORMATS)}"
-        )
+        raise ValueError(f"{text}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{text} is empty: it has no rows")
     import datasets  # takes seconds
 
     try:
         if kind and path.is_file():
-            rows = datasets.load_dataset(
-                kind, data_files=str(path), split=split, cache_dir=cache_dir
-            )
+            rows = datasets.load_dataset(kind, data_files=str(path), split=split, cache_dir=cache_dir)
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(str(path))  # written by save_to_disk
             if isinstance(rows, datasets.DatasetDict):
@@ -63,12 +56,8 @@ def load(
                     raise ValueError(f"split {split!r} is none of: {', '.join(map(str, rows))}")
                 rows = rows[split]
         else:
-            rows = datasets.load_dataset(
-                text, name, split=split, revision=revision, cache_dir=cache_dir
-            )
-    except (
-        Exception
-    ) as err:  # of datasets, pyarrow or the network: many kinds, one meaning for the user
+            rows = datasets.load_dataset(text, name, split=split, revision=revision, cache_dir=cache_dir)
+    except Exception as err:  # of datasets, pyarrow or the network: many kinds, one meaning for the user
         first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise ValueError(f"cannot load split {split!r} of {text}: {first}") from err
     return _filled(rows, text, split)

@@ -15,7 +15,6 @@ Departs: the paper draws A from a Gaussian; the uniform above is what microsoft/
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftax.core import hf, sites, tree
+from peftax.core import hf, sites
 from peftax.core.method import Ctx, Kernel, Method, chain
 from peftax.core.targets import Patterns, Targets, by_pattern
 from peftax.ops.product import linear, matmul, narrow
@@ -91,18 +90,8 @@ def lora(
             return True
         return leaf == "bias" and (bias == "all" or (bias == "lora_only" and settings(module, "linear") is not None))
 
-    trained = sites.select("trained", whole, required=False)
-    both = chain(adapted, trained, name="lora", config=config)
-
-    def init_both(key, params, found):
-        modules = {n.rpartition(".")[0] for path in tree.flatten(params) for n in found.names(path)}
-        for m in saved:
-            if not any(name == m or name.endswith(f".{m}") for name in modules):
-                near = tree.nearest(m, modules)
-                raise ValueError(f"lora: modules_to_save {m!r} matches nothing; the nearest: {near}")
-        return both.init(key, params, found)
-
-    return dataclasses.replace(both, init=init_both)
+    trained = sites.select("modules_to_save", whole, required=False, modules=saved)
+    return chain(adapted, trained, name="lora", config=config)
 
 
 def _drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

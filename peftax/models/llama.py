@@ -248,8 +248,9 @@ class Attention(nn.Module):
             q, k = q_roped, k_roped
         else:
             q, k = jnp.where(layer["rope"], q_roped, q), jnp.where(layer["rope"], k_roped, k)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, H], as the cache and the products want it
         if cache is not None:
-            at = (layer["number"], 0, where.index, 0, 0)
+            at = (layer["number"], 0, 0, where.index, 0)
             cache = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
                 for old, new in zip(cache, (k, v), strict=True)
@@ -397,7 +398,7 @@ class Llama(nn.Module):
     def init_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
         """An empty cache for `length` tokens a row; segment 0 marks what is not filled."""
         c = self.config
-        shape = (c.layers, batch, length, c.kv_heads, c.head_size)
+        shape = (c.layers, batch, c.kv_heads, length, c.head_size)
         return {
             "k": jnp.zeros(shape, c.dtype),
             "v": jnp.zeros(shape, c.dtype),

@@ -157,9 +157,7 @@ def markdown(table: Mapping[str, Mapping[str, float]], *, names: Sequence[str] =
     for metric, t in table.items():
         loss_like = metric.startswith("nll")
         scale, digits = (1, 3) if loss_like else (100, 1)
-        a, b, d, low, high = (
-            t[k] * scale for k in ("before", "after", "difference", "low", "high")
-        )
+        a, b, d, low, high = (t[k] * scale for k in ("before", "after", "difference", "low", "high"))
         cells = f"{a:.{digits}f} | {b:.{digits}f} | {d:+.{digits}f} "
         cells += f"[{low:+.{digits}f}, {high:+.{digits}f}]"
         lines.append(f"| {metric}{'' if loss_like else ' %'} | {cells} | {t['rows']} |")

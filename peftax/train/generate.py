@@ -64,9 +64,7 @@ class Generator:
         self._prefill = jax.jit(self._prefix_cache)
         self._run = jax.jit(self._continue, static_argnames="before")
 
-    def __call__(
-        self, params: Any, prompts: Prompts, *, prefix: Sequence[int] | None = None
-    ) -> list[list[int]]:
+    def __call__(self, params: Any, prompts: Prompts, *, prefix: Sequence[int] | None = None) -> list[list[int]]:
         """The new tokens of every prompt, in the prompts' order, without the eos that ended them.
 
         Args:

@@ -73,9 +73,7 @@ def _check(weights: Source, leaves: list[names.Leaf]) -> None:
         config = {}
     have = set(weights.names())
     if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise ValueError(
-            f"{weights.path}: quantized by {method}, which is not read; use the float weights"
-        )
+        raise ValueError(f"{weights.path}: quantized by {method}, which is not read; use the float weights")
     missing = [name for leaf in leaves for name in leaf.names if name not in have]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -91,9 +89,7 @@ def _check(weights: Source, leaves: list[names.Leaf]) -> None:
     unused = have.difference(*(leaf.names for leaf in leaves))
     tied = config.get("tie_word_embeddings", False)
     unused = sorted(
-        name
-        for name in unused
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+        name for name in unused if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
     )
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -115,9 +111,7 @@ def _place(weights: Source, leaf: names.Leaf, dtype: np.dtype, sharding: Any) ->
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
 
-def _read(
-    weights: Source, leaf: names.Leaf, dtype: np.dtype, index: tuple[slice, ...]
-) -> np.ndarray:
+def _read(weights: Source, leaf: names.Leaf, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """A block of a leaf; the slice over layers picks the files' tensors."""
     spans = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
     block = np.empty([len(span) for span in spans], dtype)
@@ -196,9 +190,7 @@ def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np
             for layer in parts:
                 own = leaf.to_file(whole[layer] if leaf.stacked else whole)
                 # save_file writes the memory as it lies: it must be contiguous
-                tensors[leaf.names[layer]] = np.ascontiguousarray(own, dtype=stored(leaf)).reshape(
-                    own.shape
-                )
+                tensors[leaf.names[layer]] = np.ascontiguousarray(own, dtype=stored(leaf)).reshape(own.shape)
         save_file(tensors, into / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
@@ -214,9 +206,7 @@ def _by_leaf(shard: list[tuple[names.Leaf, int]]) -> Iterator[tuple[names.Leaf, 
     yield from layers.values()
 
 
-def _write_config(
-    params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, into: Path
-) -> None:
+def _write_config(params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, into: Path) -> None:
     config = {k: v for k, v in config.items() if k != "quantization_config"}
     # transformers 5 writes "dtype"; version 4 reads "torch_dtype"
     config |= {"dtype": kind.name, "torch_dtype": kind.name}

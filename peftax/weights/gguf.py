@@ -82,16 +82,12 @@ class Gguf(Source):
         except FileNotFoundError:
             raise
         except Exception as error:  # the reader meets a short file with whatever numpy raises
-            raise ValueError(
-                f"{self.path}: truncated or no GGUF file ({error}); fetch it again"
-            ) from error
+            raise ValueError(f"{self.path}: truncated or no GGUF file ({error}); fetch it again") from error
         self._tensors = {hf_name(tensor.name): tensor for tensor in reader.tensors}
         kind = self._meta.get("general.architecture")
         if kind != "llama" or self._meta.get("llama.expert_count"):
             what = "a mixture of experts" if kind == "llama" else f"of architecture {kind!r}"
-            raise ValueError(
-                f"{self.path}: {what}; only dense 'llama' GGUF files are read: use safetensors"
-            )
+            raise ValueError(f"{self.path}: {what}; only dense 'llama' GGUF files are read: use safetensors")
         if "rope_freqs.weight" in self._tensors:
             raise ValueError(
                 f"{self.path}: holds rope_freqs.weight (Llama 3.1's scaled rope), whose settings "
@@ -113,8 +109,7 @@ class Gguf(Source):
         rope_dim = self._get("rope.dimension_count", head_dim)
         if rope_dim != head_dim:
             raise ValueError(
-                f"{self.path}: rope turns {rope_dim} of a head's {head_dim} dimensions, not all; "
-                "not supported"
+                f"{self.path}: rope turns {rope_dim} of a head's {head_dim} dimensions, not all; not supported"
             )
         theta = float(self._get("rope.freq_base", 10000.0))
         config = {

@@ -84,9 +84,7 @@ class Source(abc.ABC):
         return ValueError(f"{self.path}: holds no tensor {name!r}; nearest: {near}")
 
 
-def open(
-    where: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
-) -> Source:
+def open(where: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Source:
     """The weights at a path or hub id.
 
     Args:
@@ -101,9 +99,7 @@ def open(
             ".gguf",
             ".safetensors",
         ):
-            raise FileNotFoundError(
-                f"{where}: no such file or folder, and no hub id either (those read org/name)"
-            )
+            raise FileNotFoundError(f"{where}: no such file or folder, and no hub id either (those read org/name)")
         path = _fetch(str(where), revision, cache_dir)
     elif revision is not None:
         raise ValueError(f"{where}: a path has no revision ({revision!r}); drop it")
@@ -123,9 +119,7 @@ def _ggufs(folder: Path) -> list[Path]:
 def _fetch(repo: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    ask = functools.partial(
-        snapshot_download, repo, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES
-    )
+    ask = functools.partial(snapshot_download, repo, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
     try:
         return Path(ask(local_files_only=constants.HF_HUB_OFFLINE))
     except Exception as error:  # the hub raises many kinds; any of them leaves the cache to ask
@@ -179,9 +173,7 @@ class Safetensors(Source):
             try:
                 self._handles[file] = safe_open(file, framework="np")
             except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file}: truncated or no safetensors file ({error}); fetch it again"
-                ) from error
+                raise ValueError(f"{file}: truncated or no safetensors file ({error}); fetch it again") from error
         return self._handles[file]
 
     def _slice(self, name: str) -> Any:
@@ -191,9 +183,7 @@ class Safetensors(Source):
         try:
             return self._open(file).get_slice(name)
         except SafetensorError as error:
-            raise ValueError(
-                f"{file}: tensor {name!r} is named in {INDEX} but not in the file ({error})"
-            ) from error
+            raise ValueError(f"{file}: tensor {name!r} is named in {INDEX} but not in the file ({error})") from error
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any]:
@@ -213,9 +203,7 @@ class Safetensors(Source):
     def dtype(self, name: str) -> np.dtype:
         kind = self._slice(name).get_dtype()
         if kind not in DTYPES:
-            raise ValueError(
-                f"{self._files[name]}: tensor {name!r} has type {kind}; read: {', '.join(DTYPES)}"
-            )
+            raise ValueError(f"{self._files[name]}: tensor {name!r} has type {kind}; read: {', '.join(DTYPES)}")
         return np.dtype(jnp.dtype(DTYPES[kind]))
 
     def read(self, name: str, *, index: tuple[slice, ...] | None = None) -> np.ndarray:
@@ -230,9 +218,7 @@ class Safetensors(Source):
             return None
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            str(self.folder), trust_remote_code=False, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False, local_files_only=True)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -46,8 +46,7 @@ def answer(arguments, name="weather.get"):
 
 def test_target_is_the_first_accepted_values_in_the_tools_order():
     assert fc.target(ROW) == (
-        '[{"name":"weather.get","arguments":{"city":"Paris","days":3,"tags":["big","old"],'
-        '"area":{"w":1.5}}}]'
+        '[{"name":"weather.get","arguments":{"city":"Paris","days":3,"tags":["big","old"],"area":{"w":1.5}}}]'
     )
     assert fc.score(fc.target(ROW), ROW) == {"parse": True, "name": True, "match": True}
 
@@ -192,9 +191,7 @@ def test_components_are_connected_over_all_listed_tools():
     def row(i, *names):
         return {"id": str(i), "tools": [tool(n) for n in names]}
 
-    parts = fc.components(
-        [row(0, "a", "b"), row(1, "c"), row(2, "d", "b"), row(3, "d"), row(4, "e")]
-    )
+    parts = fc.components([row(0, "a", "b"), row(1, "c"), row(2, "d", "b"), row(3, "d"), row(4, "e")])
     assert [[r["id"] for r in p] for p in parts] == [["0", "2", "3"], ["1"], ["4"]]
 
 
@@ -215,10 +212,7 @@ def splits(request, rows):
 
 
 def pairs(splits):
-    return [
-        (splits[a], splits[b])
-        for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))
-    ]
+    return [(splits[a], splits[b]) for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))]
 
 
 def test_no_function_name_is_in_two_splits(splits):

@@ -60,9 +60,7 @@ def test_accumulation_stacks_the_same_rows():
 
 
 def test_remainder_is_filled_up_with_empty_rows():
-    stream = pipeline.batches(
-        rows(), batch_size=4, seed=0, epochs=1, drop_remainder=False, shuffled=False
-    )
+    stream = pipeline.batches(rows(), batch_size=4, seed=0, epochs=1, drop_remainder=False, shuffled=False)
     got = list(stream)
     assert [b["tokens"].shape for b in got] == [(4, 4)] * 3
     assert (np.concatenate([b["tokens"] for b in got])[:11] == rows()["tokens"]).all()

@@ -23,9 +23,7 @@ SIZES = dict(
     initializer_range=0.3,  # large enough that answers vary
 )
 KINDS = {
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
-    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "mistral, window": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**SIZES, sliding_window=7, head_dim=8)
     ),
@@ -48,14 +46,12 @@ def test_greedy_equals_transformers_token_for_token(kind, scan, tmp_path):
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():
-        out = theirs.generate(
-            ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
-        )[:, width:].tolist()
+        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)[
+            :, width:
+        ].tolist()
     want = [row[: row.index(2)] if 2 in row else row for row in out]
 
-    generate = Generator(
-        model.apply, model.init_cache, max_new_tokens=24, eos_ids=(2,), batch_size=4, bucket=8
-    )
+    generate = Generator(model.apply, model.init_cache, max_new_tokens=24, eos_ids=(2,), batch_size=4, bucket=8)
     assert generate(params, prompts) == want
     assert len({tuple(w) for w in want}) > 4  # the answers differ
     assert generate(params, [p[1:] for p in prompts if len(p) > 1], prefix=[5]) == generate(

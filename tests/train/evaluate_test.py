@@ -76,9 +76,7 @@ def test_packing_and_batching_change_nothing():
     for key in ("nll", "nll_values", "nll_boilerplate", "tokens"):
         np.testing.assert_allclose(packed[key], padded[key], rtol=1e-5)
         np.testing.assert_allclose(batched[key], packed[key], rtol=1e-5)
-    np.testing.assert_allclose(
-        np.sort(packed["per_row"]["nll"]), np.sort(padded["per_row"]["nll"]), rtol=1e-5
-    )
+    np.testing.assert_allclose(np.sort(packed["per_row"]["nll"]), np.sort(padded["per_row"]["nll"]), rtol=1e-5)
 
 
 def test_nll_compiles_once_for_a_shape_and_takes_an_injected_apply():
@@ -106,9 +104,7 @@ def test_nll_of_nothing_is_an_error():
 
 def row(name, tools=1):
     schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
-    listed = [
-        {"name": f"{name}{i or ''}", "description": "", "parameters": schema} for i in range(tools)
-    ]
+    listed = [{"name": f"{name}{i or ''}", "description": "", "parameters": schema} for i in range(tools)]
     return {"question": "?", "tools": listed, "answer": {"name": name, "arguments": {"x": [3]}}}
 
 

@@ -34,9 +34,7 @@ def tiny(scan=True, seed=0, **config):
     if not scan:
         params = dict(params, model=dict(params["model"]))
         stacked = params["model"]["layers"]
-        params["model"]["layers"] = {
-            str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)
-        }
+        params["model"]["layers"] = {str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)}
     return model, params
 
 
@@ -102,9 +100,7 @@ def test_other_params_and_folded_weights_compile_nothing():
     method = lora(rank=2, alpha=8.0)
     found = sites.find(model.apply, params, jnp.zeros((1, 2), jnp.int32))
     part = method.init(jax.random.key(0), params, found)
-    theta = jax.tree.map(
-        lambda x: x + jnp.asarray(RNG.normal(0, 0.5, x.shape), x.dtype), part.trainable
-    )
+    theta = jax.tree.map(lambda x: x + jnp.asarray(RNG.normal(0, 0.5, x.shape), x.dtype), part.trainable)
     whole = tree.merge(part.frozen, theta)
     injected = generator(model, sites.inject(model.apply, method))(whole, PROMPTS)
     folded = make(method.fold(whole, found), PROMPTS)

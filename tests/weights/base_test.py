@@ -34,9 +34,7 @@ def shapes(scan, **config):
 
 def random(abstract, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape), dtype=x.dtype), abstract
-    )
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), dtype=x.dtype), abstract)
 
 
 def mesh():
@@ -78,9 +76,7 @@ def test_unrolled_and_scanned_are_one_checkpoint(saved, tmp_path):
     params, folder = saved
     unrolled = weights.load(folder, shapes(scan=False))
     kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
-    np.testing.assert_array_equal(
-        unrolled["model"]["layers"]["2"]["mlp"]["up_proj"]["kernel"], kernel[2]
-    )
+    np.testing.assert_array_equal(unrolled["model"]["layers"]["2"]["mlp"]["up_proj"]["kernel"], kernel[2])
     again = weights.save(unrolled, CONFIG, tmp_path / "again")
     first, second = (load_file(f / "model.safetensors") for f in (folder, again))
     assert first.keys() == second.keys()
@@ -247,9 +243,7 @@ def test_quantized_checkpoint_is_refused(saved):
 def test_unused_tensors_are_named(saved, monkeypatch):
     _, folder = saved
     said = []
-    monkeypatch.setattr(
-        "absl.logging.warning", lambda text, *args, **kwargs: said.append(text % args)
-    )
+    monkeypatch.setattr("absl.logging.warning", lambda text, *args, **kwargs: said.append(text % args))
 
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)

@@ -16,9 +16,7 @@ Q4_1, Q8_0, F32 = (getattr(gguf.GGMLQuantizationType, n) for n in ("Q4_1", "Q8_0
 
 def permute(w, heads):
     """llama.cpp's converter: the two halves of each head become neighbouring rows."""
-    return (
-        w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-    )
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def hf_tensors():
@@ -294,7 +292,6 @@ def test_smollm2_chat_template(tokenizer):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 + 30?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n12 + 30?<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n12 + 30?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "named SmolLM" in tokenizer.apply_chat_template(chat[1:], tokenize=False)

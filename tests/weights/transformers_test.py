@@ -38,9 +38,7 @@ def test_transformers_opens_it(tmp_path, change, scan, limit):
     config = LLAMA | change
     model = models.build(config, scan=scan)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape).astype(x.dtype), models.abstract(model)
-    )
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), models.abstract(model))
     folder = weights.save(params, config, tmp_path / "m", max_shard_bytes=limit)
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info

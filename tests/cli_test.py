@@ -1,0 +1,131 @@
+"""The command line as a user meets it: results on stdout, one clear line where the input is wrong."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from peftax import cli
+from tests.train import tiny_run
+
+GOLDEN = Path(__file__).parent / "weights" / "golden"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return tiny_run.base_folder(folder / "base"), tiny_run.data_file(folder / "data.jsonl")
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    """The workdir of a finished run of `peftax train`."""
+    base, data = files
+    workdir = tmp_path_factory.mktemp("run")
+    assert cli.main([*train(base, data), "--config.train.steps=4", f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    patch = pytest.MonkeyPatch()
+    devices = jax.devices()[:1]
+    patch.setattr("peftax.sharding.jax.devices", lambda: devices)
+    yield
+    patch.undo()
+
+
+def train(base, data) -> list[str]:
+    return [
+        "train",
+        "--config=default",
+        f"--config.model.path={base}",
+        f"--config.data.train={data}",
+        "--config.data.length=64",
+        "--config.train.batch_size=8",
+        "--config.train.tensorboard=False",
+        "--config.optimizer.learning_rate=0.02",
+    ]
+
+
+def test_verify_count(capsys):
+    assert cli.main(["verify", "--cases", str(GOLDEN)]) == 0
+    out = capsys.readouterr().out
+    assert "9 compared, 2 skipped, 0 failed" in out and "skip VERA: peft_type 'VERA' is not supported" in out
+    assert cli.main(["verify", "--cases", str(GOLDEN), "--strict"]) == 1
+    assert cli.main(["verify", "--cases", str(GOLDEN), "--only", "LORA", "--atol=0", "--rtol=0"]) == 1
+    one = ["--base", str(GOLDEN / "base_model.safetensors"), "--adapter", str(GOLDEN / "LORA")]
+    one += ["--inputs", str(GOLDEN / "input_ids.npy")]
+    assert cli.main(["verify", *one, "--expect", str(GOLDEN / "LORA" / "logits.npy")]) == 0
+    assert cli.main(["verify", *one, "--expect", str(GOLDEN / "base_logits.npy")]) == 1
+    capsys.readouterr()
+    config = ["count", "--model", str(GOLDEN / "config.json"), "--adapter"]
+    assert cli.main([*config, str(GOLDEN / "LORA_rank_pattern"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable"] == 2688
+    assert cli.main([*config, str(GOLDEN / "LORA" / "adapter_config.json")]) == 0
+    assert "trainable 3,072 of" in capsys.readouterr().out
+
+
+def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
+    base, data = files
+    adapter = str(run / "adapter")
+
+    def loss(*args) -> float:
+        assert cli.main(["evaluate", "--data", str(data), "--length=64", *args]) == 0
+        return json.loads(capsys.readouterr().out)["nll"]
+
+    before, after = loss("--base", str(base)), loss("--base", str(base), "--adapter", adapter)
+    assert after < 0.95 * before
+    assert cli.main(["merge", "--base", str(base), "--adapter", adapter, "--into", str(tmp_path / "folded")]) == 0
+    capsys.readouterr()
+    assert loss("--base", str(tmp_path / "folded")) == pytest.approx(after, rel=1e-4)
+    assert cli.main(["convert", "--base", str(base), "--adapter", adapter, "--into", str(tmp_path / "again")]) == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    capsys.readouterr()
+    ask = ["generate", "--prompt=add 1 and 2", "--max-new-tokens=4"]
+    assert cli.main([*ask, "--base", str(base), "--adapter", adapter]) == 0
+    unfolded = capsys.readouterr().out
+    assert cli.main([*ask, "--base", str(tmp_path / "folded")]) == 0
+    assert capsys.readouterr().out == unfolded
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--config.method.rnk=8"], "nearest: 'method.rank'"),
+        (["--config.method.targets=.*q_prj"], "the target patterns match none of"),
+        (["--config.method.name=bitfit"], "nothing is chosen; the leaves are named"),
+        (["--config.model.path=nowhere/at/all"], "nowhere/at/all"),
+        (["--config.data.train=absent.jsonl"], "no data file at absent.jsonl"),
+        (["--config.train.batch_size=4000"], "do not fill one batch"),
+        (["--config.mesh.data=3"], "is not the number of devices"),
+        (["--config.optimizer.schedule=cosin"], "none of cosine, linear, constant"),
+        (["--config.model.remat=some"], "none of none, full, dots"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(files, tmp_path, capsys, args, says):
+    assert cli.main([*train(*files), *args, f"--workdir={tmp_path / 'w'}"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("peftax train: ") and says in error
+
+
+def test_unknown_argument(capsys):
+    assert cli.main(["verify", "--case=x"]) == 2
+    assert "unknown argument '--case=x'" in capsys.readouterr().err
+
+
+def test_workdir_of_another_config(files, run, capsys):
+    assert cli.main([*train(*files), f"--workdir={run}"]) == 1
+    assert "train.steps is 4 there and 100 here" in capsys.readouterr().err
+
+
+def test_logits_file_that_is_not_one(tmp_path, capsys):
+    (tmp_path / "x.npy").write_bytes(b"not an array")
+    args = ["--base", str(GOLDEN / "base_model.safetensors"), "--adapter", str(GOLDEN / "LORA")]
+    args += ["--inputs", str(GOLDEN / "input_ids.npy"), "--expect", str(tmp_path / "x.npy")]
+    assert cli.main(["verify", *args]) == 1
+    assert "x.npy: is no whole .npy file" in capsys.readouterr().err
+    assert np.load(GOLDEN / "input_ids.npy").shape == (1, 24)

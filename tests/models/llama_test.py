@@ -1,0 +1,44 @@
+"""What can be said of the backbone without another framework; logits are compared in tests/parity."""
+
+import numpy as np
+import pytest
+
+from peftax import models
+from peftax.models.llama import NO_WINDOW, rope_frequencies
+
+TINY = dict(
+    model_type="llama", hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=11
+)
+
+
+def test_unknown_types_and_options_name_what_there_is():
+    with pytest.raises(ValueError, match="'gpt2' has no backbone here; there are llama, mistral, qwen2"):
+        models.build({**TINY, "model_type": "gpt2"})
+    with pytest.raises(ValueError, match="remat 'half' is none of none, full, dots"):
+        models.build(TINY, remat="half")
+    with pytest.raises(ValueError, match="rope_type 'yarn' is not supported; supported: default, linear, llama3"):
+        models.build({**TINY, "rope_scaling": {"rope_type": "yarn"}})
+
+
+def test_llama3_rope_by_hand():
+    """Head size 4, theta 100: wavelengths 2 pi and 20 pi. With old context 40, low 1, high 4: 2 pi < 10 is kept,
+    20 pi > 40 is divided by 8."""
+    rope = dict(
+        rope_type="llama3",
+        rope_theta=100.0,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=40,
+    )
+    inv, scale = rope_frequencies({**TINY, "rope_parameters": rope}, 4)
+    np.testing.assert_allclose(inv, [1.0, 0.1 / 8], rtol=1e-6)
+    assert scale == 1.0
+
+
+def test_windows_and_layers_without_rope():
+    config = models.build({**TINY, "model_type": "mistral", "sliding_window": 3, "head_dim": 4}).config
+    assert config.windows == (3, 3)
+    assert models.build(TINY).config.windows == (NO_WINDOW,) * 2
+    smol = models.build({**TINY, "model_type": "smollm3", "no_rope_layers": [1, 0]}).config
+    assert smol.rope_layers == (True, False)

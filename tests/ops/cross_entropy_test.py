@@ -1,0 +1,56 @@
+"""Chunked loss equals the loss of all logits at once, and never holds them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peftax.ops.cross_entropy import chunked_nll, token_nll
+
+B, T, D, V = 2, 11, 4, 13
+
+
+def data():
+    keys = jax.random.split(jax.random.key(0), 4)
+    h, w = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = jnp.zeros((B, T)).at[0, 8:].set(1.0).at[1, 2].set(0.5)
+    return h, w, targets, weights
+
+
+def test_token_nll_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+    np.testing.assert_allclose(token_nll(logits, jnp.array([1])), [np.log(4)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 64])
+def test_equals_all_at_once(chunk):
+    h, w, targets, weights = data()
+
+    def chunked(h, w):
+        return jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=chunk) * weights)
+
+    def whole(h, w):
+        return jnp.sum(token_nll(h @ w, targets) * weights)
+
+    for a, b in zip(
+        jax.tree.leaves(jax.value_and_grad(chunked, (0, 1))(h, w)),
+        jax.tree.leaves(jax.value_and_grad(whole, (0, 1))(h, w)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_never_holds_all_logits():
+    h, w, targets, weights = data()
+    step = jax.jit(jax.grad(lambda h: jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4))))
+    text = step.lower(h).compile().as_text()
+    assert f"[{B},4,{V}]" in text or f"[{B * 4},{V}]" in text
+    for shape in (f"[{B},{T},{V}]", f"[{B},12,{V}]", f"[{B * T},{V}]", f"[3,{B},4,{V}]"):
+        assert shape not in text
+
+
+def test_nothing_counts_where_weights_are_zero():
+    h, w, targets, weights = data()
+    nll = chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4)
+    np.testing.assert_array_equal(nll == 0, weights == 0)
