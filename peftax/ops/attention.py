@@ -27,9 +27,9 @@ def visible(
 def attention(q_BxTxNxH: jax.Array, k_BxKxSxH: jax.Array, v_BxKxSxH: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √H + mask) v with grouped heads (K divides N); softmax in f32.
 
-    The queries of one key head stand together in one product, and keys lie as a cache holds them: on
-    CPU, forward and backward take half the time of `jax.nn.dot_product_attention`. A query that sees no key (padding) gets a
-    finite, meaningless row.
+    The queries of one key head stand together in one product, and keys lie as a cache holds them:
+    on CPU, forward and backward take half the time of `jax.nn.dot_product_attention`. A query that
+    sees no key (padding) gets a finite, meaningless row.
 
     Returns:
       [B, T, N, H] in the dtype of q.
