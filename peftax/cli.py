@@ -42,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peftax", description="Parameter-efficient fine-tuning for JAX and Flax.")
+    parser = argparse.ArgumentParser(
+        prog="peftax", description="Parameter-efficient fine-tuning for JAX and Flax.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(run, about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__, help=about, description=about)
+        sub = commands.add_parser(run.__name__, help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
         sub.add_argument("--verbose", action="store_true", help="log what is going on")
