@@ -50,7 +50,7 @@ help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 quickstart: $(MAIN)
-	.venv/bin/python -m experiments.quickstart --workdir=runs/quickstart --rows=96 $(ARGS)
+	.venv/bin/python -m experiments.quickstart --workdir=runs/quickstart --rows=64 $(ARGS)
 
 quickstart-seeds: $(MAIN)
 	.venv/bin/python -m experiments.quickstart --workdir=runs/quickstart-seeds --seeds=0,1,2 $(ARGS)

@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.train_length = None  # of training rows, where it should be less than the context: short rows are cheap
     config.data.policy = "drop"  # an example above it: "drop" | "truncate" | "error"
     config.data.packing = True  # several examples a row, which neither see nor count one another
-    config.data.limit = None  # at most this many training examples; None takes all
+    config.data.train_limit = None  # at most this many training examples; None takes all
+    config.data.valid_limit = None  # the same for valid
     config.data.seed = 0  # order of examples and rows
 
     config.optimizer = ml_collections.ConfigDict()

@@ -13,6 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.task = "function_calling"
     config.data.length = 1024
     config.data.train_length = 384
+    config.data.valid_limit = 50
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 10
     config.train.steps = 120

@@ -30,7 +30,7 @@ def test_overrides_apply_left_to_right():
     [
         ("optimizer.learning_rate", "1", 1.0),
         ("optimizer.clip", "None", None),
-        ("data.limit", "7", 7),
+        ("data.train_limit", "7", 7),
         ("method.targets", "['q_proj','v_proj']", ("q_proj", "v_proj")),
         ("method.targets", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
         ("method.rank_pattern", "{'layers.1.*v_proj': 2}", (("layers.1.*v_proj", 2),)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ def examples(
         raise ValueError(f"config.data.{split} is empty: give a file or hub name, or config.data.task")
     if limit is not None:
         rows = [rows[i] for i in range(min(limit, len(rows)))]
-    encoded, _ = chat.encode_all(rows, base.tokenizer, length=length, policy=policy, split=split)
+    encoded, n = chat.encode_all(rows, base.tokenizer, length=length, policy=policy, split=split)
+    told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))
+    print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
     return encoded
 
 
@@ -177,7 +180,7 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
         length=length,
         policy=data["policy"],
         task=data["task"],
-        limit=data["limit"],
+        limit=data["train_limit"],
         source=data["train"],
         source_split=data["train_split"],
     )
@@ -198,6 +201,7 @@ def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
         length=data["length"],
         policy=data["policy"],
         task=data["task"],
+        limit=data["valid_limit"],
         source=data["valid"],
         source_split=data["valid_split"],
     )

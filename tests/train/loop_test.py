@@ -100,35 +100,48 @@ def test_interrupted_run_ends_bit_identical(whole, files, tmp_path, monkeypatch,
         np.testing.assert_array_equal(a[key], b[key])
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_process_resumes_bit_identical(files, tmp_path, how):
-    """A real process; the CPU it runs on has one device."""
+def _start(files, workdir: Path) -> subprocess.Popen:
+    """`peftax train` in a process of its own, on one device."""
     base, data = files
-    command = [
-        sys.executable, "-m", "peftax.cli", "train", "--config=default",
-        f"--config.model.path={base}", f"--config.data.train={data}", f"--config.data.valid={data}",
-        "--config.data.length=64", "--config.train.steps=40", "--config.train.batch_size=8",
-        "--config.train.eval_every=5", "--config.train.save_every=5", "--config.train.tensorboard=False",
-    ]  # fmt: skip
-    env = {**os.environ, "XLA_FLAGS": ""}
+    options = {
+        "model.path": base,
+        "data.train": data,
+        "data.valid": data,
+        "data.length": 64,
+        "train.steps": 40,
+        "train.batch_size": 8,
+        "train.eval_every": 5,
+        "train.save_every": 5,
+        "train.tensorboard": False,
+    }
+    command = [sys.executable, "-m", "peftax.cli", "train", "--config=default", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in options.items()]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return subprocess.Popen(
+        command, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
-    def run(workdir, **kwargs):
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs
-        )
 
-    assert run(tmp_path / "whole").wait() == 0
-    process = run(tmp_path / "killed")
-    metrics = tmp_path / "killed" / "metrics.jsonl"
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    assert _start(files, workdir).wait() == 0
+    return workdir
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_process_resumes_bit_identical(files, undisturbed, tmp_path, how):
+    process = _start(files, tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
     deadline = time.time() + 120
     while time.time() < deadline and not (metrics.exists() and len(_lines_so_far(metrics)) > 12):
         time.sleep(0.01)
     process.send_signal(how)
-    code = process.wait()
-    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 0)
-    assert run(tmp_path / "killed").wait() == 0
+    assert process.wait() == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    assert len(_lines_so_far(metrics)) < len(_lines_so_far(undisturbed / "metrics.jsonl"))
+    assert _start(files, tmp_path).wait() == 0
     for name in (f"adapter/{adapters.TENSORS}", "metrics.jsonl"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def _lines_so_far(file: Path) -> list[str]:
