@@ -27,6 +27,7 @@ from peftax.train import evaluate, loop, setup
 from peftax.train.generate import Generator, split_prefix
 
 RECIPE = "smollm2_lora"
+CONTEXT = 1024
 MAX_NEW_TOKENS = 80  # 99% of the wanted answers are shorter; the same for every system
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("base and data")
     base = setup.open_base(**config.model.to_dict(), mesh=config.mesh.to_dict())
     splits = function_calling.splits()
-    test = splits["test"][: args.rows]
+    test = within_context(base, splits["test"])[: args.rows]
     console.print(f"base: {base.path}")
     console.print({name: f"{len(rows)} rows" for name, rows in splits.items()})
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         systems[name] = answer(base, write, base.params, test, instructed=True, shots=few)
         _tell(console, name, systems[name])
     held_out = test_rows(base, test)
-    losses = {"base": evaluate.nll(base.model.apply, base.params, held_out)}
+    losses = {"base": evaluate.nll(base.model.apply, base.params, held_out, batch_size=2)}
 
     tuned = []
     for seed in (int(s) for s in args.seeds.split(",")):
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"fine-tuned, seed {seed}"
         run = setup.attach(base, folder / "adapter")
         systems[name] = answer(base, _writer(base, run.apply), run.params, test)
-        losses[name] = evaluate.nll(run.apply, run.params, held_out)
+        losses[name] = evaluate.nll(run.apply, run.params, held_out, batch_size=2)
         _tell(console, name, systems[name])
         tuned.append(name)
 
@@ -112,11 +113,17 @@ def answer(base, write, params, rows, *, instructed=False, shots=()) -> dict[str
     return {**scored, "seconds": time.perf_counter() - began}
 
 
+def within_context(base: setup.Base, rows) -> list[Any]:
+    """The rows that fit the context; a row above it is answered by no system."""
+    chats = [function_calling.example(r) for r in rows]
+    return [rows[e.row] for e in chat.encode_all(chats, base.tokenizer, length=CONTEXT, split="test")[0]]
+
+
 def test_rows(base: setup.Base, rows) -> packing.Rows:
-    """One example a row, so that losses are told apart by example."""
+    """The examples of the rows, packed."""
     chats = [function_calling.example(r, grouped=True) for r in rows]
-    encoded, _ = chat.encode_all(chats, base.tokenizer, length=1024, split="test")
-    return packing.pack(encoded, 1024)
+    encoded, _ = chat.encode_all(chats, base.tokenizer, length=CONTEXT, split="test")
+    return packing.pack(encoded, CONTEXT)
 
 
 def report(systems, losses, tuned: Sequence[str], rows, facts: Mapping[str, Any]) -> str:
