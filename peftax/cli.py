@@ -184,9 +184,9 @@ def count(args) -> None:
 
     from peftax import methods, models
     from peftax.core import sites
-    from peftax.weights import adapters
+    from peftax.weights import adapters, source
 
-    model = models.build(json.loads(Path(args.model).read_text()), scan=False)
+    model = models.build(source.read_json(args.model), scan=False)
     shapes = models.abstract(model)
     found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     name, settings, _ = adapters.read_config(args.adapter)

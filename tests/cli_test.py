@@ -117,6 +117,17 @@ def test_unknown_argument(capsys):
     assert "unknown argument '--case=x'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "says"), [(None, "config.json: no such file"), ("# no", "config.json: no valid JSON")]
+)
+def test_count_names_a_wrong_model_file(tmp_path, capsys, text, says):
+    file = tmp_path / "config.json"
+    if text:
+        file.write_text(text)
+    assert cli.main(["count", "--model", str(file), "--adapter", str(GOLDEN / "LORA")]) == 1
+    assert says in capsys.readouterr().err
+
+
 def test_workdir_of_another_config(files, run, capsys):
     assert cli.main([*train(*files), f"--workdir={run}"]) == 1
     assert "train.steps is 4 there and 100 here" in capsys.readouterr().err

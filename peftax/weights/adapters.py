@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 from peftax import methods
 from peftax.core import tree
 from peftax.core.hf import Unsupported
-from peftax.core.method import Method, Partition
+from peftax.core.method import Method, Partition, parts
 from peftax.core.sites import Sites, real_shape, theta_of
-from peftax.weights import names
+from peftax.weights import names, source
 
 PREFIX = "base_model.model."
 PEFT_CONFIG, OWN_CONFIG, TENSORS = "adapter_config.json", "peftax_adapter.json", "adapter_model.safetensors"
@@ -35,11 +35,9 @@ def read_config(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if path.is_dir():
         file = path / PEFT_CONFIG if (path / PEFT_CONFIG).exists() else path / OWN_CONFIG
     try:
-        raw = json.loads(file.read_text())
+        raw = source.read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: holds no {PEFT_CONFIG}; is it an adapter folder?") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: is no JSON ({error}); was it copied whole?") from None
     if "method" in raw and "peft_type" not in raw:
         return raw["method"], dict(raw["config"]), raw
     return *methods.from_peft(raw), raw
@@ -129,7 +127,6 @@ def _places(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tupl
     """Where a trainable leaf stands in the file: (tensor name, its part of the leaf, how it is turned), layer
     by layer.
     """
-    targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     if _is_theta(path, method):
         site, piece, axes = theta_of(path, method, sites)
         form = methods.module(piece.name).HF
@@ -147,6 +144,7 @@ def _places(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tupl
             kind = "kernel" if len(shape) == 2 else "leaf"
             yield f"{PREFIX}{name}.{suffix}", index, names.Leaf(kind, (), shape, leaf.dtype, False)
         return
+    targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     stacked = next(iter(names.walk({path: leaf})))
     for layer, name in enumerate(stacked.names):
         module, last = name.rsplit(".", 1)
@@ -162,15 +160,11 @@ def _places(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tupl
 
 def _is_theta(path: str, method: Method) -> bool:
     bits = path.split("/")
-    return len(bits) > 3 and any(m.call and m.name == bits[-3] for m in methods_of(method))
-
-
-def methods_of(method: Method) -> tuple[Method, ...]:
-    return method.parts or (method,)
+    return len(bits) > 3 and any(m.call and m.name == bits[-3] for m in parts(method))
 
 
 def _is_target(method: Method, name: str, kind: str) -> bool:
-    return any(m.settings and m.settings(name, kind) is not None for m in methods_of(method))
+    return any(m.settings and m.settings(name, kind) is not None for m in parts(method))
 
 
 def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Path) -> None:

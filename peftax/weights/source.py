@@ -153,7 +153,7 @@ class Safetensors(Source):
                 raise ValueError(f"{self.path}: neither .safetensors nor .gguf; no other is read")
             return dict.fromkeys(self._open(self.path).keys(), self.path)
         if (index := self.folder / INDEX).exists():
-            files = {n: self.folder / f for n, f in _json(index)["weight_map"].items()}
+            files = {n: self.folder / f for n, f in read_json(index)["weight_map"].items()}
             for file in sorted(set(files.values())):
                 if not file.exists():
                     raise FileNotFoundError(f"{file}: named in {INDEX} but missing; fetch it again")
@@ -192,7 +192,7 @@ class Safetensors(Source):
             if self.path.is_file():
                 return {}
             raise FileNotFoundError(f"{file}: missing; it says what model the weights belong to")
-        return _json(file)
+        return read_json(file)
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -221,8 +221,11 @@ class Safetensors(Source):
         return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False, local_files_only=True)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: str | Path) -> dict[str, Any]:
+    """A parsed JSON file; an error names the file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
     except ValueError as error:
         raise ValueError(f"{file}: no valid JSON ({error})") from error
