@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ def chunked_nll(
 
       nll[b, t] = logsumexp_v(head(h)[b, t, v]) - head(h)[b, t, target[b, t]]   where weights > 0, else 0
 
-    The sequence is split, never the flattened batch (that would gather all hidden states on a mesh). The
-    backward pass recomputes the logits of one chunk at a time; chunks in which no weight is positive are skipped.
+    The sequence is split, never the flattened batch (that would gather all hidden states on a mesh). Chunks in
+    which no weight is positive are skipped. While nothing in the head trains, the forward pass keeps
+    d nll[b, t] / d h[b, t] and the backward pass only scales it, so that the logits are made once; else the
+    backward pass makes them again, one chunk at a time.
 
     Args:
-      head: [B, C, D] -> [B, C, V].
+      head: [B, C, D] -> [B, C, V], each position by itself.
       h_BxTxD: hidden states.
       targets_BxT: token ids.
       weights_BxT: which positions count; zero elsewhere.
@@ -49,14 +52,67 @@ def chunked_nll(
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(b, n, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def counted(h, y, w):
-        return jnp.where(w > 0, token_nll(head(h), y), 0.0)
-
-    def step(_, chunk_of):
-        h, y, w = chunk_of
-        skip = lambda h, y, w: jnp.zeros(y.shape, jnp.float32)  # noqa: E731
-        return None, jax.lax.cond(jnp.any(w > 0), counted, skip, h, y, w)
-
-    _, nll = jax.lax.scan(step, None, (split(h_BxTxD), split(targets_BxT), split(weights_BxT)))
+    h, y, counted = split(h_BxTxD), split(targets_BxT), split(weights_BxT > 0)
+    head, closed_over = jax.closure_convert(head, h[0])
+    nll = _nll(head, h, y, counted, *closed_over)
     return jnp.moveaxis(nll, 0, 1).reshape(b, n * chunk)[:, :t]
+
+
+def _by_chunk(of_chunk, h, y, counted):
+    """`of_chunk(h, y, counted)` of every chunk, stacked; zeros for the chunks in which nothing counts."""
+
+    def step(_, args):
+        shapes = jax.eval_shape(of_chunk, *args)
+        skip = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
+        return None, jax.lax.cond(jnp.any(args[-1]), of_chunk, skip, *args)
+
+    return jax.lax.scan(step, None, (h, y, counted))[1]
+
+
+# A cond that is differentiated inside a scan would keep the head's kernel once per chunk: hence a rule of our own.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(head, h, y, counted, *consts):
+    def of_chunk(h, y, counts):
+        return jnp.where(counts, token_nll(head(h, *consts), y), 0.0)
+
+    return _by_chunk(of_chunk, h, y, counted)
+
+
+def _forward(head, h, y, counted, *consts):
+    trained = [c.value if c.perturbed else None for c in consts]
+    h, y, counted, *consts = (x.value for x in (h, y, counted, *consts))
+    if any(t is not None for t in trained):
+        return _nll(head, h, y, counted, *consts), (trained, None, (h, y, counted, consts))
+
+    def of_chunk(h, y, counts):
+        nll, back = jax.vjp(lambda h: jnp.where(counts, token_nll(head(h, *consts), y), 0.0), h)
+        return nll, back(jnp.ones_like(nll))[0]
+
+    nll, slope = _by_chunk(of_chunk, h, y, counted)
+    return nll, (trained, slope, None)
+
+
+def _backward(head, kept, d_nll):
+    trained, slope, again = kept
+    if again is None:
+        return (d_nll[..., None] * slope).astype(slope.dtype), None, None, *trained
+    *chunks, consts = again
+
+    def step(d_trained, chunk_of):
+        h, y, counts, d_nll = chunk_of
+
+        def nll_of(h, trained):
+            now = [c if t is None else t for c, t in zip(consts, trained, strict=True)]
+            return jnp.where(counts, token_nll(head(h, *now), y), 0.0)
+
+        def back(h, d_nll):
+            d_h, more = jax.vjp(nll_of, h, trained)[1](d_nll)
+            return jax.tree.map(jnp.add, d_trained, more), d_h
+
+        return jax.lax.cond(jnp.any(counts), back, lambda h, _: (d_trained, jnp.zeros_like(h)), h, d_nll)
+
+    d_trained, d_h = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, trained), (*chunks, d_nll))
+    return d_h, None, None, *d_trained
+
+
+_nll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -41,13 +41,40 @@ def test_equals_all_at_once(chunk):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_never_holds_all_logits():
+@pytest.mark.parametrize("trained", [0, 1, (0, 1)], ids=["h", "w", "both"])
+def test_never_holds_all_logits_nor_a_kernel_per_chunk(trained):
     h, w, targets, weights = data()
-    step = jax.jit(jax.grad(lambda h: jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4))))
-    text = step.lower(h).compile().as_text()
+
+    def total(h, w):
+        return jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4))
+
+    text = jax.jit(jax.grad(total, trained)).lower(h, w).compile().as_text()
     assert f"[{B},4,{V}]" in text or f"[{B * 4},{V}]" in text
-    for shape in (f"[{B},{T},{V}]", f"[{B},12,{V}]", f"[{B * T},{V}]", f"[3,{B},4,{V}]"):
+    for shape in (f"[{B},{T},{V}]", f"[{B},12,{V}]", f"[{B * T},{V}]", f"[3,{B},4,{V}]", f"[3,{D},{V}]"):
         assert shape not in text
+
+
+def test_logits_are_made_once_while_the_head_is_frozen():
+    h, w, targets, weights = data()
+
+    def products(trained):
+        def total(h, w):
+            return jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4))
+
+        return str(jax.make_jaxpr(jax.grad(total, trained))(h, w)).count("dot_general")
+
+    assert products(0) == 2  # logits, d_h
+    assert products((0, 1)) == 4  # logits, again, d_h, d_w
+
+
+def test_weighs_each_token_under_vmap():
+    h, w, targets, weights = data()
+
+    def total(h, scale):
+        return jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4) * weights * scale)
+
+    both = jax.vmap(jax.grad(total), (0, 0))(jnp.stack([h, 2 * h]), jnp.array([1.0, 3.0]))
+    np.testing.assert_allclose(both[1], jax.grad(total)(2 * h, 3.0), rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_counts_where_weights_are_zero():
