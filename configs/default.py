@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.save_every = 25  # steps between checkpoints
     config.train.keep = 2  # checkpoints
     config.train.tensorboard = True
+    config.train.check_memory = True  # refuse to start where a step's estimated memory is not there
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = 1  # devices that share the batch, each with all weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = []
     for word in rest:
         found = OVERRIDE.fullmatch(word)
-        if not found or args.command != "train":
+        if not found or args.command not in ("train", "inspect"):
             print(
                 f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr
             )
@@ -32,13 +33,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
     try:
         return args.run(args) or 0
-    except (ValueError, KeyError, TypeError, OSError, FloatingPointError) as error:
-        if args.debug:
+    except Exception as error:
+        full = _disk_is_full(error)
+        expected = (ValueError, KeyError, TypeError, OSError, FloatingPointError, MemoryError)
+        if args.debug or not (full or isinstance(error, expected)):
             raise
-        text = error.args[0] if isinstance(error, KeyError) else str(error)
+        text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        if full:
+            where = getattr(args, "workdir", None) or getattr(args, "into", None) or "the output"
+            text = (
+                f"the disk that holds {where} is full ({str(error).splitlines()[0][:200]}): free some space and give "
+                "the same command again; what was whole there is whole"
+            )
         notes = "".join(f" ({n})" for n in getattr(error, "__notes__", ()) if n.startswith("at site"))
         print(f"peftax {args.command}: {text}{notes}", file=sys.stderr)
         return 1
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Writers of other libraries wrap what the system said."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +75,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--workdir", required=True, help="folder of the run; the same command goes on where it stopped")
+    sub.add_argument(
+        "--workdir",
+        required=True,
+        help="folder of the run; the same command goes on where it was killed, or saved itself on SIGTERM (status 0)",
+    )
+
+    sub = command(inspect, "show a recipe's first batch, sites, counts and estimated memory; trains nothing")
+    sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
+    sub.add_argument("--rows", type=int, default=4, help="rows of the batch to show")
 
     sub = command(evaluate, "held-out loss of a base with or without an adapter")
     model(sub, adapter=False)
@@ -91,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", required=True, help="adapter folder or adapter_config.json")
     sub.add_argument("--json", action="store_true")
 
+    command(methods, "a Markdown table of the methods and of LoRA's starts, from their files")
+
     sub = command(verify, "compare an adapter's logits with expected ones")
     sub.add_argument("--base", help="Hugging Face folder or file of the base")
     sub.add_argument("--adapter", help="adapter folder")
@@ -112,13 +136,20 @@ def train(args) -> None:
     print(json.dumps(loop.train(config, args.workdir)))
 
 
+def inspect(args) -> None:
+    from peftax import recipe
+    from peftax.train import inspect as shown
+
+    shown.show(recipe.load(args.config, args.overrides).to_dict(), rows=args.rows)
+
+
 def evaluate(args) -> None:
     from peftax.data import chat, packing, source
     from peftax.train import evaluate as scores
     from peftax.train import setup
 
     base = setup.open_base(path=args.base, dtype=args.dtype)
-    apply, params = _attached(base, args.adapter)
+    apply, params, _ = _attached(base, args.adapter)
     if args.task:
         found = setup.examples(base, args.split, length=args.length, policy="drop", task=args.task, limit=args.limit)
     elif args.data:
@@ -137,7 +168,7 @@ def generate(args) -> None:
     from peftax.train.generate import Generator
 
     base = setup.open_base(path=args.base, dtype=args.dtype)
-    apply, params = _attached(base, args.adapter)
+    apply, params, front = _attached(base, args.adapter)
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [
         chat.prompt_ids(text if args.raw else [*system, {"role": "user", "content": text}], base.tokenizer)
@@ -148,6 +179,7 @@ def generate(args) -> None:
         base.model.init_cache,
         max_new_tokens=args.max_new_tokens,
         eos_ids=setup.eos_ids(base),
+        front=front,
         batch_size=min(8, len(prompts)),
     )
     for ids in write(params, prompts):
@@ -160,6 +192,11 @@ def merge(args) -> None:
 
     base = setup.open_base(path=args.base, dtype=args.dtype)
     run = setup.attach(base, args.adapter)
+    if run.method.fold is None:
+        raise ValueError(
+            f"{args.adapter}: {run.method.name} is no change of weights and cannot be merged into them; serve it as "
+            "an adapter"
+        )
     into = weights.save(run.method.fold(run.params, base.sites), base.config, args.into, tokenizer=base.tokenizer)
     print(into)
 
@@ -198,6 +235,44 @@ def count(args) -> None:
         print(f"trainable {n['trainable']:,} of {n['total']:,} ({share:.4f}%), method {name}")
 
 
+def methods(args) -> None:
+    from peftax import methods as files
+    from peftax.methods import inits
+
+    print("# Methods\n\n| method | | trains | folds | PEFT type | needs of the base | source |")
+    print("|---|---|---|---|---|---|---|")
+    for name in files.names():
+        file, method = files.module(name), files.make(name)
+        form = getattr(file, "HF", None)
+        trains = re.search(r"Trainable ?((?:per \w+)?: .*?)\.\n", file.__doc__, re.DOTALL)
+        cells = (
+            f"`{name}`",
+            _about(file),
+            " ".join(trains[1].lstrip(": ").split()) if trains else "",
+            "no" if method.fold is None else "yes",
+            f"`{form.peft_type}`" if form else "",
+            method.needs,
+            _paper(file),
+        )
+        print(f"| {' | '.join(cells)} |")
+    print("\n## LoRA's `init`\n\n| init | | moves the base | source |")
+    print("|---|---|---|---|")
+    for name in inits.names():
+        file = inits.module(name)
+        print(f"| `{name}` | {_about(file)} | {'yes' if file.MOVES else 'no'} | {_paper(file)} |")
+
+
+def _about(file) -> str:
+    """The first line of a file's text."""
+    return file.__doc__.partition("\n")[0].rstrip(".").replace("|", "\\|")
+
+
+def _paper(file) -> str:
+    """The first link of a file's text."""
+    found = re.search(r"https?://[^\s,;)]+", file.__doc__)
+    return f"[{found[0].rsplit('/', 1)[-1].rstrip('.')}]({found[0].rstrip('.')})" if found else ""
+
+
 def verify(args) -> int:
     from peftax.weights import verification
 
@@ -228,9 +303,9 @@ def _attached(base, adapter):
     from peftax.train import setup
 
     if not adapter:
-        return base.model.apply, base.params
+        return base.model.apply, base.params, 0
     run = setup.attach(base, adapter)
-    return run.apply, run.params
+    return run.apply, run.params, run.method.front
 
 
 if __name__ == "__main__":

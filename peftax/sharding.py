@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftax.core import tree
 from peftax.core.method import Method
-from peftax.core.sites import Sites, theta_of
+from peftax.core.sites import Site, Sites, theta_of
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -60,12 +60,22 @@ def base_specs(
 
 
 def theta_spec(path: str, shape: tuple[int, ...], method: Method, sites: Sites, base, mesh: Mesh):
-    """An adapter leaf follows its kernel: its "in" and "out" axes lie as the kernel's, every other axis is whole."""
-    site, _, axes = theta_of(path, method, sites)
-    kernel = list(base[site.kernel]) + [None] * (site.ndim - len(base[site.kernel]))
-    own = [kernel[len(site.stack) + p] for p in site.perm]
-    named = {"in": _first(own[: site.n_in]), "out": _first(own[site.n_in :])}
-    spec = [None] * len(site.stack) + [named.get(a) for a in axes]
+    """An adapter leaf follows its kernel: its "in" and "out" axes and its experts lie as the kernel's, every other
+    axis is whole.
+
+    A block has no kernel: there they lie over fsdp. What all sites share is whole on every device.
+    """
+    place, _, axes = theta_of(path, method, sites)
+    named: dict[str, Any] = {} if place is None else {"in": "fsdp", "out": "fsdp"}
+    stack: list[Any] = [None] * len(place.stack if place else ())
+    if isinstance(place, Site):
+        kernel = list(base[place.kernel]) + [None] * (place.ndim - len(base[place.kernel]))
+        own = [kernel[len(place.scanned) + p] for p in place.perm]
+        experts, own = own[: place.n_stack], own[place.n_stack :]
+        named = {"in": _first(own[: place.n_in]), "out": _first(own[place.n_in :])}
+        if experts:
+            stack[-1] = experts[0]
+    spec = stack + [named.get(a) for a in axes]
     spec += [None] * (len(shape) - len(spec))
     whole = [s is not None and shape[i] % mesh.shape[s] for i, s in enumerate(spec)]
     return PartitionSpec(*(None if w else s for s, w in zip(spec, whole, strict=True)))

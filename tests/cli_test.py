@@ -53,7 +53,7 @@ def train(base, data) -> list[str]:
 def test_verify_count(capsys):
     assert cli.main(["verify", "--cases", str(GOLDEN)]) == 0
     out = capsys.readouterr().out
-    assert "9 compared, 2 skipped, 0 failed" in out and "skip VERA: peft_type 'VERA' is not supported" in out
+    assert "15 compared, 2 skipped, 0 failed" in out and "skip HIRA: peft_type 'HIRA' is not supported" in out
     assert cli.main(["verify", "--cases", str(GOLDEN), "--strict"]) == 1
     assert cli.main(["verify", "--cases", str(GOLDEN), "--only", "LORA", "--atol=0", "--rtol=0"]) == 1
     one = ["--base", str(GOLDEN / "base_model.safetensors"), "--adapter", str(GOLDEN / "LORA")]
@@ -96,7 +96,7 @@ def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
     ("args", "says"),
     [
         (["--config.method.rnk=8"], "nearest: 'method.rank'"),
-        (["--config.method.targets=.*q_prj"], "the target patterns match none of"),
+        (["--config.method.targets=.*q_prj"], "nearest to '.*q_prj': 'q_proj'"),
         (["--config.method.name=bitfit"], "nothing is chosen; the leaves are named"),
         (["--config.model.path=nowhere/at/all"], "nowhere/at/all"),
         (["--config.data.train=absent.jsonl"], "no data file at absent.jsonl"),

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loop.train(config.to_dict(), folder, base=base)
         name = f"fine-tuned, seed {seed}"
         run = setup.attach(base, folder / "adapter")
-        systems[name] = answer(base, _writer(base, run.apply), run.params, test)
+        systems[name] = answer(base, _writer(base, run.apply, run.method.front), run.params, test)
         losses[name] = evaluate.nll(run.apply, run.params, held_out, batch_size=2)
         _tell(console, name, systems[name])
         tuned.append(name)
@@ -88,12 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"written: {workdir}/report.md, results.json, curves.png, seed*/adapter")
 
 
-def _writer(base: setup.Base, apply) -> Generator:
+def _writer(base: setup.Base, apply, front: int = 0) -> Generator:
     return Generator(
         apply,
         base.model.init_cache,
         max_new_tokens=MAX_NEW_TOKENS,
         eos_ids=setup.eos_ids(base),
+        front=front,
         batch_size=16,
     )
 

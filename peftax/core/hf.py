@@ -6,6 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+# {Hugging Face module name ("" for what all share): {leaf: one layer's array}}
+Layers = dict[str, dict[str, np.ndarray]]
+
+
+BY_NAME = "by name"  # in place of target_modules: the whole names of all targets
+
 
 class Unsupported(ValueError):
     """The adapter asks for what this method does not do; the message says what and the nearest that is."""
@@ -20,10 +28,50 @@ class Format:
     read:      adapter_config.json -> the method's keyword arguments; raises Unsupported.
     write:     keyword arguments -> fields of adapter_config.json.
     matches:   does this config belong here? Types that several files share are told apart by it.
+    shared:    leaf that all sites share -> its tensor's whole name.
+    settle:    (layers, keyword arguments) -> both as an adapter of the untouched base, where the method moves it.
+    pack:      layers -> {tensor name: array}, where no leaf has a tensor of its own; unpack is its inverse:
+               ({tensor name: array}, shapes in place of the arrays of layers) -> layers.
     """
 
     peft_type: str
-    keys: Mapping[str, Mapping[str, str]]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[Mapping[str, Any]], dict[str, Any]]
+    keys: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     matches: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settle: Callable[[Layers, Mapping[str, Any]], tuple[Layers, Mapping[str, Any]]] | None = None
+    pack: Callable[[Layers], dict[str, np.ndarray]] | None = None
+    unpack: Callable[[Mapping[str, np.ndarray], Mapping[str, Mapping[str, tuple]]], Layers] | None = None
+
+
+def read_targets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which modules, as most PEFT types say it."""
+    return {
+        "targets": config["target_modules"],
+        "exclude": config.get("exclude_modules"),
+        "layers": config.get("layers_to_transform"),
+        "modules_to_save": tuple(config.get("modules_to_save") or ()),
+    }
+
+
+def write_targets(config: Mapping[str, Any], *, known: tuple[str, ...] = ("exclude", "layers")) -> dict[str, Any]:
+    """The inverse; known: which choices this PEFT type's config has. Others are spelled out as names."""
+    spelled = any(config[key] is not None for key in {"exclude", "layers"} - set(known))
+    fields = {"exclude_modules": config["exclude"], "layers_to_transform": config["layers"]}
+    if spelled:
+        fields = dict.fromkeys(fields)
+    return {
+        "target_modules": BY_NAME if spelled else config["targets"],
+        **{f: value for f, value in fields.items() if f.split("_")[0] in known},
+        "modules_to_save": list(config["modules_to_save"] or ()) or None,
+        "fan_in_fan_out": False,
+    }
+
+
+def refuse(config: Mapping[str, Any], fields: Mapping[str, str], instead: str) -> None:
+    """Raise Unsupported for the first of these fields that is set; fields: name -> what it asks for."""
+    for field, what in fields.items():
+        if config.get(field):
+            kind = config["peft_type"]
+            raise Unsupported(f"{kind} with {field} ({what}) is not supported; the nearest is {instead}")

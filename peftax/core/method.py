@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from peftax.core import tree
@@ -21,9 +22,23 @@ class Partition(NamedTuple):
 
 @struct.dataclass
 class Ctx:
-    """What travels into every intercepted call; the absence of a key means evaluation."""
+    """What travels into every intercepted call.
+
+    key:   for dropout; its absence means evaluation.
+    start: this call fills an empty cache with its rows' first tokens; what stands before them goes in now.
+    front: how many virtual tokens stand before the first real one in this call; methods set it.
+    """
 
     key: jax.Array | None = None
+    start: bool = struct.field(pytree_node=False, default=False)
+    front: int = struct.field(pytree_node=False, default=0)
+
+    def drop(self, x: jax.Array, rate: float) -> jax.Array:
+        """x with a share `rate` of its numbers zeroed and the rest scaled up; x itself in evaluation."""
+        if self.key is None or rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.key, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 @struct.dataclass
@@ -37,18 +52,28 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A transform of a parameter tree. Built by `sites.per_kernel`, `sites.select` and `chain`.
+    """A transform of a parameter tree. Built by `lift.per_kernel`, `lift.per_block`, `lift.select` and `chain`.
 
-    init:  (key, params, sites) -> Partition.  Works on shapes too, under `jax.eval_shape`.
-    call:  (theta of one adapter, x, Kernel, ctx, where) -> y, or None when nothing is intercepted.
-    fold:  (params, sites) -> params without theta.
-    parts: the methods that a chain holds; itself otherwise.
+    init:   (key, params, sites) -> Partition.  Works on shapes too, under `jax.eval_shape`.
+    call:   what `inject` does at a place that holds the method's leaves; None when nothing is intercepted.
+              on a kernel: (its leaves, x, Kernel, ctx, where) -> y
+              on a block:  (its leaves, run, args, ctx, where) -> what run(*args) returns, changed
+    on:     "kernel" or "block".
+    fold:   (params, sites) -> params without theta; None for what is no change of weights.
+    move:   (params with theta, sites) -> params whose base stands where theta began; None when the base stays.
+    around: (run, args, kwargs, ctx) -> what run(args, kwargs, ctx) returns, changed: a whole forward pass.
+    front:  virtual tokens that it puts before the first, which a cache has to hold.
+    parts:  the methods that a chain holds; itself otherwise.
     """
 
     name: str
     init: Callable[..., Partition]
-    fold: Callable[..., dict[str, Any]]
-    call: Callable[..., jax.Array] | None = None
+    fold: Callable[..., dict[str, Any]] | None
+    call: Callable[..., Any] | None = None
+    on: str = "kernel"
+    move: Callable[..., dict[str, Any]] | None = None
+    around: Callable[..., Any] | None = None
+    front: int = 0
     axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     settings: Callable[[str, str], dict[str, Any] | None] | None = None
     chosen: Callable[[str], bool] | None = None
@@ -69,13 +94,21 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
 
     def fold(params, sites):
         for method in methods:
+            assert method.fold is not None
             params = method.fold(params, sites)
+        return params
+
+    def move(params, sites):
+        for method in methods:
+            params = method.move(params, sites) if method.move else params
         return params
 
     return Method(
         name=name or "+".join(m.name for m in methods),
         init=init,
-        fold=fold,
+        fold=None if any(m.fold is None for m in methods) else fold,
+        move=move if any(m.move for m in methods) else None,
+        front=sum(m.front for m in methods),
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index),
         config=config or {},

@@ -15,15 +15,18 @@ class Targets:
     """A predicate over module names.
 
     modules: a regex that matches the whole name, or a list of names and suffixes, or "all-linear" (every
-      linear module but the
-             output head).
+             linear module but the output head).
     exclude: the same forms; wins over modules.
     layers:  layer numbers (the first number in the name), only with a list of modules; None takes all.
+    whole:   names and suffixes of modules that train whole instead, and are no targets.
+    kinds:   what a list or a regex may reach.
     """
 
     modules: str | Sequence[str]
     exclude: str | Sequence[str] | None = None
     layers: int | Sequence[int] | None = None
+    whole: Sequence[str] = ()
+    kinds: Sequence[str] = ("linear", "conv", "embed", "head")
 
     def __post_init__(self):
         if not self.modules:
@@ -38,17 +41,20 @@ class Targets:
                     raise ValueError(f"targets: {value!r} is no regular expression: {error}") from None
 
     def match(self, name: str, kind: str) -> bool:
-        if self.exclude and _named(self.exclude, name):
+        if (self.exclude and _named(self.exclude, name)) or self.trains_whole(name):
             return False
         if self.modules == "all-linear":
             hit = kind == "linear" and name.rsplit(".", 1)[-1] not in OUTPUT_HEADS
         else:
-            hit = _named(self.modules, name)
+            hit = kind in self.kinds and _named(self.modules, name)
         if hit and self.layers is not None:
             number = layer_number(name)
             wanted = (self.layers,) if isinstance(self.layers, int) else self.layers
             hit = number is not None and number in wanted
         return hit
+
+    def trains_whole(self, name: str) -> bool:
+        return bool(self.whole) and _named(tuple(self.whole), name)
 
 
 def layer_number(name: str) -> int | None:

@@ -16,10 +16,13 @@ import jax.numpy as jnp
 class View:
     """One module call seen as y = x @ w + b.
 
-    kind:   "linear", "embed" (x is row numbers), "head" (a tied embedding used as output) or "conv" (x is patches).
-    kernel: the parameter's name in the module; its axes, in order `perm`, are first the inputs then the outputs.
-    n_in:   how many of the permuted axes are inputs.
-    rows:   the call's x -> [..., in];  back: [..., out] -> what the call returns.
+    kind:    "linear", "embed" (x is row numbers), "head" (a tied embedding used as output) or "conv" (x is patches).
+    kernel:  the parameter's name in the module; its axes, in order `perm`, are first the stack's (of experts, say),
+             then the inputs, then the outputs.
+    n_in:    how many of the permuted axes are inputs.
+    rows:    the call's x -> [..., in];  back: [..., out] -> what the call returns.
+    n_stack: how many of the permuted axes number kernels, each with rows of x and y of its own. Seen as one axis E,
+             which then leads everywhere: w [E, in, out], b [E, out], rows and back [E, ..., in or out].
     """
 
     kind: str
@@ -30,19 +33,22 @@ class View:
     rows: Callable[[jax.Array], jax.Array]
     back: Callable[[jax.Array], jax.Array]
     dtype: Any = None
+    n_stack: int = 0
 
     def matrix(self, kernel: jax.Array) -> jax.Array:
-        return to_matrix(kernel, self.perm, self.n_in)
+        return to_matrix(kernel, self.perm, self.n_in, self.n_stack)
 
 
-def to_matrix(kernel: jax.Array, perm: tuple[int, ...], n_in: int) -> jax.Array:
-    """[...] -> [in, out]."""
+def to_matrix(kernel: jax.Array, perm: tuple[int, ...], n_in: int, n_stack: int = 0) -> jax.Array:
+    """[...] -> [in, out]; [E, in, out] of a stack."""
     shape = tuple(kernel.shape[p] for p in perm)
-    return kernel.transpose(perm).reshape(math.prod(shape[:n_in]), math.prod(shape[n_in:]))
+    stack, own = shape[:n_stack], shape[n_stack:]
+    lead = (math.prod(stack),) if stack else ()
+    return kernel.transpose(perm).reshape(*lead, math.prod(own[:n_in]), math.prod(own[n_in:]))
 
 
 def from_matrix(matrix: jax.Array, perm: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """[in, out] -> the kernel's own shape; the inverse of to_matrix."""
+    """[in, out] or [E, in, out] -> the kernel's own shape; the inverse of to_matrix."""
     inverse = tuple(sorted(range(len(perm)), key=perm.__getitem__))
     return matrix.reshape(tuple(shape[p] for p in perm)).transpose(inverse)
 
@@ -101,27 +107,31 @@ def _einsum(module: nn.Einsum, method_name: str, args: tuple, kwargs: dict) -> V
     if method_name != "__call__" or not equation:
         return None
     x_axes, w_axes, y_axes = equation.replace(" ", "").replace("->", ",").split(",")
+    stack = [c for c in y_axes if c in w_axes and c in x_axes]  # each of its kernels has rows of its own
     inputs = [c for c in w_axes if c in x_axes and c not in y_axes]
     outputs = [c for c in y_axes if c in w_axes and c not in x_axes]
-    batch = [c for c in y_axes if c not in outputs]
-    if len(inputs) + len(outputs) != len(w_axes) or "." in equation:
-        return None  # an axis that x, w and y share is a stack of kernels
-    order = [x_axes.index(c) for c in (*batch, *inputs)]
+    batch = [c for c in y_axes if c not in w_axes]
+    taken, given = (*stack, *batch, *inputs), (*stack, *batch, *outputs)
+    whole = sorted(taken) == sorted(x_axes) and sorted((*stack, *inputs, *outputs)) == sorted(w_axes)
+    if "." in equation or not whole or not (inputs or outputs):
+        return None  # an axis summed alone, a diagonal, a product number by number
+    if module.use_bias and [c for c in y_axes if c in w_axes] != [*stack, *outputs]:
+        return None  # the bias's axes lie in y's order
     sizes = dict(zip(w_axes, module.shape, strict=True))
+    n = len(stack)
 
     def rows(x):
-        x = x.transpose(order)
-        return x.reshape(*x.shape[: len(batch)], -1)
+        x = x.transpose([x_axes.index(c) for c in taken])
+        lead = (math.prod(x.shape[:n]),) if stack else ()
+        return x.reshape(*lead, *x.shape[n : n + len(batch)], math.prod(x.shape[n + len(batch) :]))
 
     def back(y):
-        y = y.reshape(*y.shape[:-1], *(sizes[c] for c in outputs))
-        return y.transpose([(*batch, *outputs).index(c) for c in y_axes])
+        y = y.reshape(*(sizes[c] for c in stack), *y.shape[bool(stack) : -1], *(sizes[c] for c in outputs))
+        return y.transpose([given.index(c) for c in y_axes])
 
-    if module.use_bias and [c for c in w_axes if c in outputs] != outputs:
-        return None
-    perm = tuple(w_axes.index(c) for c in (*inputs, *outputs))
+    perm = tuple(w_axes.index(c) for c in (*stack, *inputs, *outputs))
     bias = "bias" if module.use_bias else None
-    return View("linear", "kernel", bias, perm, len(inputs), rows, back, module.dtype)
+    return View("linear", "kernel", bias, perm, len(inputs), rows, back, module.dtype, n)
 
 
 def _embed(module: nn.Embed, method_name: str, args: tuple, kwargs: dict) -> View | None:

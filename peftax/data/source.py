@@ -58,7 +58,10 @@ def load(
         else:
             rows = datasets.load_dataset(text, name, split=split, revision=revision, cache_dir=cache_dir)
     except Exception as err:  # of datasets, pyarrow or the network: many kinds, one meaning for the user
-        first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        cause = err
+        while cause.__cause__ is not None:  # datasets says only that there was one
+            cause = cause.__cause__
+        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ValueError(f"cannot load split {split!r} of {text}: {first}") from err
     return _filled(rows, text, split)
 

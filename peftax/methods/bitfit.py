@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from peftax.core import sites
+from peftax.core import lift
 from peftax.core.method import Method
 
 
@@ -29,4 +29,4 @@ def bitfit(
         module, _, leaf = name.rpartition(".")
         return leaf == "bias" and re.fullmatch(targets, module) is not None
 
-    return sites.select("bitfit", chosen, config=config)
+    return lift.select("bitfit", chosen, config=config)

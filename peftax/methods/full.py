@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from peftax.core import sites
+from peftax.core import lift
 from peftax.core.method import Method
 
 
@@ -24,4 +24,4 @@ def full(
     def chosen(name: str) -> bool:
         return re.fullmatch(targets, name.rpartition(".")[0]) is not None
 
-    return sites.select("full", chosen, config=config)
+    return lift.select("full", chosen, config=config)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftax.ops.attention import attention, visible
+from peftax.ops.attention import Where, attention, visible
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ACTIVATIONS = {
@@ -196,43 +196,31 @@ def norm(c: Config, name: str | None = None) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
 
 
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """Positions and segments of queries and keys; a pytree."""
+class Rope(NamedTuple):
+    """Angles of every token's position, f32 [B, T, H/2], and where the cache is written."""
 
-    q_positions: jax.Array
-    q_segments: jax.Array
-    k_positions: jax.Array
-    k_segments: jax.Array
     cos: jax.Array
     sin: jax.Array
-    index: jax.Array | None  # where the cache is written
-
-
-jax.tree_util.register_dataclass(Where, data_fields=[f.name for f in dataclasses.fields(Where)], meta_fields=[])
+    index: jax.Array | None
 
 
 class CoreAttention(nn.Module):
-    """Attention after rope, a module of its own so that methods can stand before it."""
+    """Attention after rope, a module of its own so that methods can stand before it.
+
+    q [B, T, N, H]; k and v [B, K, S, H]; `where` says what each key is, `window` how far back this layer sees.
+    """
 
     windowed: bool
 
     def __call__(self, q, k, v, where: Where, window):
-        mask = visible(
-            where.q_positions,
-            where.q_segments,
-            where.k_positions,
-            where.k_segments,
-            window if self.windowed else None,
-        )
-        return attention(q, k, v, mask)
+        return attention(q, k, v, visible(where, window if self.windowed else None))
 
 
 class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_BxTxD, where: Where, layer, cache):
+    def __call__(self, x_BxTxD, where: Where, rope: Rope, layer, cache):
         c = self.config
         b, t, _ = x_BxTxD.shape
         q = linear(c, c.heads * c.head_size, c.attention_bias, "q_proj")(x_BxTxD)
@@ -243,14 +231,14 @@ class Attention(nn.Module):
         v = v.reshape(b, t, c.kv_heads, c.head_size)
         if c.qk_norm:
             q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
-        q_roped, k_roped = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
+        q_roped, k_roped = rotate(q, rope.cos, rope.sin), rotate(k, rope.cos, rope.sin)
         if all(c.rope_layers):
             q, k = q_roped, k_roped
         else:
             q, k = jnp.where(layer["rope"], q_roped, q), jnp.where(layer["rope"], k_roped, k)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, H], as the cache and the products want it
         if cache is not None:
-            at = (layer["number"], 0, 0, where.index, 0)
+            at = (layer["number"], 0, 0, rope.index, 0)
             cache = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
                 for old, new in zip(cache, (k, v), strict=True)
@@ -277,10 +265,10 @@ class Layer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, carry, layer, where: Where):
+    def __call__(self, carry, layer, where: Where, rope: Rope):
         c = self.config
         h, cache = carry
-        x, cache = Attention(c, name="self_attn")(norm(c, "input_layernorm")(h), where, layer, cache)
+        x, cache = Attention(c, name="self_attn")(norm(c, "input_layernorm")(h), where, rope, layer, cache)
         h = h + x
         h = h + Mlp(c, name="mlp")(norm(c, "post_attention_layernorm")(h))
         return (h, cache), None
@@ -292,10 +280,10 @@ class Unrolled(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, carry, layers, where: Where):
+    def __call__(self, carry, layers, where: Where, rope: Rope):
         for i in range(self.config.layers):
             layer = jax.tree.map(lambda x, i=i: x[i], layers)
-            carry, _ = _remat(self.config)(self.config, name=str(i))(carry, layer, where)
+            carry, _ = _remat(self.config)(self.config, name=str(i))(carry, layer, where, rope)
         return carry, None
 
 
@@ -315,7 +303,7 @@ class Decoder(nn.Module):
                 _remat(c),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=c.layers,
             )
             self.layers = scanned(c)
@@ -339,21 +327,14 @@ class Decoder(nn.Module):
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, index))
             k_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, (0, index))
         angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(c.inv_freq)[None, None]
-        where = Where(
-            positions,
-            segment_ids,
-            k_positions,
-            k_segments,
-            jnp.cos(angles) * c.rope_scale,
-            jnp.sin(angles) * c.rope_scale,
-            index,
-        )
+        where = Where(positions, segment_ids, k_positions, k_segments)
+        rope = Rope(jnp.cos(angles) * c.rope_scale, jnp.sin(angles) * c.rope_scale, index)
         layers = {
             "number": jnp.arange(c.layers, dtype=jnp.int32),
             "rope": jnp.asarray(c.rope_layers),
             "window": jnp.asarray(c.windows, jnp.int32),
         }
-        (h, keys), _ = self.layers((h, cache and (cache["k"], cache["v"])), layers, where)
+        (h, keys), _ = self.layers((h, cache and (cache["k"], cache["v"])), layers, where, rope)
         if cache is not None:
             cache = {
                 "k": keys[0],

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 
-def visible(
-    q_positions_BxT: jax.Array,
-    q_segments_BxT: jax.Array,
-    k_positions_BxS: jax.Array,
-    k_segments_BxS: jax.Array,
-    window: int | None = None,
-) -> jax.Array:
-    """Which keys each query sees: same nonzero segment, not later, not `window` or more behind.
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Positions and segments of queries and keys, int32 [B, T] and [B, S]; a pytree. Segment 0 is padding, a
+    negative one is seen by every segment.
+    """
+
+    q_positions: jax.Array
+    q_segments: jax.Array
+    k_positions: jax.Array
+    k_segments: jax.Array
+
+
+jax.tree_util.register_dataclass(Where, data_fields=[f.name for f in dataclasses.fields(Where)], meta_fields=[])
+
+
+def visible(where: Where, window: int | None = None) -> jax.Array:
+    """Which keys each query sees: of its segment or of a common one, not later, not `window` or more behind.
 
     Returns:
       bool [B, T, S].
     """
-    q_pos, k_pos = q_positions_BxT[:, :, None], k_positions_BxS[:, None, :]
-    q_seg, k_seg = q_segments_BxT[:, :, None], k_segments_BxS[:, None, :]
-    mask = (q_seg == k_seg) & (k_seg != 0) & (k_pos <= q_pos)
+    q_pos, k_pos = where.q_positions[:, :, None], where.k_positions[:, None, :]
+    q_seg, k_seg = where.q_segments[:, :, None], where.k_segments[:, None, :]
+    mask = ((q_seg == k_seg) & (k_seg != 0) | (k_seg < 0)) & (k_pos <= q_pos)
     return mask if window is None else mask & (q_pos - k_pos < window)
 
 

@@ -31,7 +31,12 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def linear(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
     """matmul(x, w) + b, with b [N] or None."""
     y = matmul(x, w)
-    return y if b is None else y + b.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if b is None else y + last(b, y)
+
+
+def last(v: jax.Array, x: jax.Array) -> jax.Array:
+    """v [N] with as many axes as x [..., N], to be added to it or multiplied with it."""
+    return v.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @jax.custom_vjp

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftax.core.method import Ctx
+
 Prompts = Sequence[Sequence[int]]
 
 
@@ -23,6 +25,7 @@ class Generator:
     Args:
       apply: of a model with `hidden` (which takes a cache) and `head`; injected or not.
       init_cache: (batch, length) -> an empty cache, as the model's own.
+      front: virtual tokens that the injected method puts before the first (`Method.front`).
       max_new_tokens: the most tokens a prompt is continued by.
       eos_ids: a row ends at any of these, a batch when all its rows have ended.
       pad_id: any id that the model knows; no real token sees it.
@@ -40,6 +43,7 @@ class Generator:
         *,
         max_new_tokens: int,
         eos_ids: Sequence[int],
+        front: int = 0,
         pad_id: int = 0,
         batch_size: int = 16,
         bucket: int = 64,
@@ -57,7 +61,7 @@ class Generator:
                 f"generate: temperature {temperature} and top_k {top_k} must not be negative, "
                 f"top_p {top_p} must lie in (0, 1]"
             )
-        self._apply, self._init_cache = apply, init_cache
+        self._apply, self._init_cache, self.front = apply, init_cache, front
         self.max_new_tokens, self.eos_ids, self.pad_id = max_new_tokens, tuple(eos_ids), pad_id
         self.batch_size, self.bucket = batch_size, bucket
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
@@ -76,7 +80,8 @@ class Generator:
             if not len(prompt):
                 raise ValueError(f"prompt {i} is empty: it needs a token to continue")
         before = len(prefix or ())
-        cache = self._prefill(params, np.asarray([prefix], np.int32)) if before else None
+        first = np.asarray(prefix or (), np.int32)[None]
+        cache = self._prefill(params, first) if before + self.front else None
         key = jax.random.key(self.seed)
         out: list[list[int]] = [[] for _ in prompts]
         for rows, tokens, lengths in self._batches(prompts):
@@ -108,22 +113,25 @@ class Generator:
 
     # ---- compiled --------------------------------------------------------------------------------
 
-    def _hidden(self, params, tokens, positions, segments, cache):
+    def _hidden(self, params, tokens, positions, segments, cache, **more):
         variables = {"params": params}
-        return self._apply(variables, tokens, positions, segments, cache=cache, method="hidden")
+        return self._apply(variables, tokens, positions, segments, cache=cache, method="hidden", **more)
 
     def _prefix_cache(self, params, tokens_1xP):
         p = tokens_1xP.shape[1]
         positions, segments = jnp.arange(p)[None], jnp.ones((1, p), jnp.int32)
-        return self._hidden(params, tokens_1xP, positions, segments, self._init_cache(1, p))[1]
+        more = {"ctx": Ctx(start=True)} if self.front else {}  # a plain model.apply takes none
+        cache = self._init_cache(1, self.front + p)
+        return self._hidden(params, tokens_1xP, positions, segments, cache, **more)[1]
 
     def _continue(self, params, prefix, tokens_BxT, lengths_B, rows_B, key, *, before):
         b, t = tokens_BxT.shape
         n = self.max_new_tokens
         eos = jnp.asarray(self.eos_ids, jnp.int32)
-        cache = self._init_cache(b, before + t + n - 1)
-        if before:
-            wide = jax.eval_shape(lambda: self._init_cache(b, before))
+        held = self.front + before
+        cache = self._init_cache(b, held + t + n - 1)
+        if held:
+            wide = jax.eval_shape(lambda: self._init_cache(b, held))
             cache = jax.tree.map(
                 lambda new, old, like: jax.lax.dynamic_update_slice(
                     new, jnp.broadcast_to(old, like.shape), (0,) * new.ndim

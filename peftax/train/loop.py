@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ from rich.table import Table
 from peftax import weights
 from peftax.core import sites as core_sites
 from peftax.core import tree
-from peftax.train import evaluate, loss, optimizers, setup, writers
+from peftax.train import evaluate, loss, memory, optimizers, setup, writers
 from peftax.train.step import State, make_step, state_shardings
-from peftax.weights import adapters
+from peftax.weights import adapters, source
 from peftax.weights.checkpoint import Checkpoints
 
 
@@ -39,34 +41,24 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     """
     workdir = Path(workdir)
     config = dict(config)
-    _claim(workdir, config)
+    claimed = _claimed(workdir, config)
     c = config["train"]
 
     # --- model, method, data ----------------------------------------------------------------------
-    base = base or setup.open_base(**config["model"], mesh=config["mesh"])
-    run = setup.start(base, config["method"], seed=c["init_seed"], warm_start=config["warm_start"])
+    base = base or setup.outline(**config["model"], mesh=config["mesh"])
     batches = setup.train_batches(base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
     valid = setup.valid_rows(base, config["data"])
+    run = setup.sketch(base, config["method"])
+    if c["check_memory"]:
+        memory.check(run, config)
+    base = base.load()
     show(run)
 
     # --- optimizer and step -----------------------------------------------------------------------
-    o = dict(config["optimizer"])
-    schedule = optimizers.schedule(
-        name=o.pop("schedule"),
-        learning_rate=o.pop("learning_rate"),
-        steps=c["steps"],
-        warmup_steps=o.pop("warmup_steps"),
-        final_fraction=o.pop("final_fraction"),
-    )
-    optimizer = optimizers.make(schedule=schedule, **o)
-    state = State.create(run.part.trainable, optimizer)
-    places = state_shardings(
-        state,
-        jax.tree.map(lambda x: x.sharding, run.part.trainable),
-        optimizer,
-        NamedSharding(base.mesh, PartitionSpec()),
-    )
-    state = jax.device_put(state, places)
+    optimizer, schedule = optimizers.from_config(config["optimizer"], steps=c["steps"])
+    state = jax.eval_shape(lambda t: State.create(t, optimizer), run.part.trainable)
+    trainable_places = base.places(run.part.trainable, run.method)
+    places = state_shardings(state, trainable_places, optimizer, NamedSharding(base.mesh, PartitionSpec()))
 
     def objective(apply, params, batch, ctx):
         return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
@@ -84,19 +76,28 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     lead = PartitionSpec(None, *rows) if c["accumulate"] > 1 else rows
     on_mesh = NamedSharding(base.mesh, lead)
 
-    # --- resume -----------------------------------------------------------------------------------
+    # --- begin, or go on ------------------------------------------------------------------------
     fingerprint = weights.fingerprint(base.params)
-    frozen_theta = _not_base(run)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c["keep"])
-    facts: dict[str, Any] = {"best": None}
-    if (latest := checkpoints.latest()) is not None:
-        arrays, facts = checkpoints.restore(latest, {"state": state, "frozen": frozen_theta}, base=fingerprint)
-        state, frozen_theta = arrays["state"], arrays["frozen"]
+    theta = _not_base(run)
+    theta_places = tree.flatten(base.places(tree.unflatten(theta), run.method))
+    like = {"state": _placed(state, places), "frozen": _placed(theta, theta_places)}
+    if (found := checkpoints.restore(like, base=fingerprint)) is not None:
+        start, arrays, facts = found
+        state = arrays["state"]
+        run = setup.resume(base, run, state.trainable, arrays["frozen"])
         batches.set_state(facts["data"])
-        logging.info("going on from step %d of %s", latest, workdir)
-    start = latest or 0
-    frozen = tree.unflatten({**tree.flatten(run.part.frozen), **frozen_theta})
+        logging.info("going on from step %d of %s", start, workdir)
+    else:
+        start, facts = 0, {"best": None}
+        run = setup.start(base, config["method"], seed=c["init_seed"], warm_start=config["warm_start"])
+        state = jax.device_put(State.create(run.part.trainable, optimizer), places)
+    frozen, frozen_theta = run.part.frozen, _not_base(run)
 
+    if not claimed:
+        _claim(workdir, config)
+    for half_written in workdir.glob(".adapter.*"):  # by a process that was killed
+        shutil.rmtree(half_written, ignore_errors=True)
     metrics_to: list[Any] = [writers.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
     if c["tensorboard"]:
         metrics_to.append(writers.TensorBoard(workdir / "tensorboard", resume_step=start))
@@ -121,9 +122,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     # --- steps ------------------------------------------------------------------------------------
     stop = _Stop()
     last: dict[str, float] = {}
-    if start == 0 and valid is not None:
-        look(0)
-    with _progress() as progress, stop:
+    with closing(metrics_to), closing(timings_to), closing(checkpoints), _progress() as progress, stop:
+        if start == 0 and valid is not None:
+            look(0)
         bar = progress.add_task("train", total=c["steps"], completed=start, loss=math.nan, valid=math.nan)
         for step in range(start + 1, c["steps"] + 1):
             began = time.perf_counter()
@@ -144,15 +145,13 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                 timings_to.write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
             if step % c["eval_every"] == 0 or step == c["steps"]:
                 look(step)
-            if step % c["save_every"] == 0 or step == c["steps"] or stop.asked:
+            stopping = stop.asked and step < c["steps"]  # asked once: what comes later is for the next step
+            if step % c["save_every"] == 0 or step == c["steps"] or stopping:
                 save(step)
             progress.update(bar, advance=1, loss=last["loss"], valid=facts.get("valid") or math.nan)
-            if stop.asked and step < c["steps"]:
+            if stopping:
                 logging.warning("stopped by a signal after step %d; run the same command to go on", step)
                 break
-    for writer in (metrics_to, timings_to):
-        writer.close()
-    checkpoints.close()
     return {
         "step": int(state.step),
         "loss": last.get("loss"),
@@ -165,7 +164,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
 def show(run: setup.Run, console: Console | None = None) -> None:
     """Print what trains: a line for each kind of leaf, and the sum."""
     table = Table(title=f"{run.method.name} on {run.base.path.name}", title_justify="left")
-    table.add_column("trainable leaf")
+    table.add_column("trainable leaf", overflow="fold")
     for column in ("leaves", "shape", "numbers"):
         table.add_column(column, justify="right")
     kinds: dict[str, list[Any]] = {}
@@ -182,30 +181,39 @@ def show(run: setup.Run, console: Console | None = None) -> None:
     (console or Console(stderr=True)).print(table)
 
 
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+
+
 def _not_base(run: setup.Run) -> dict[str, Any]:
     """Frozen leaves that are not the base's own, by path: saved with every checkpoint."""
     own = tree.flatten(run.base.params)
     return {p: x for p, x in tree.flatten(run.part.frozen).items() if p not in own}
 
 
+def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Does the folder hold a run of this config? Raises ValueError where it holds one of another."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return False
+    mine, theirs = json.loads(json.dumps(config)), source.read_json(file)
+    a, b = (tree.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
+    differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and k != "train/check_memory")
+    if differ:
+        key = differ[0]
+        raise ValueError(
+            f"{workdir} holds a run of another config: {key.rstrip('/').replace('/', '.')} is {b.get(key)!r} "
+            f"there and {a.get(key)!r} here ({len(differ)} differ); choose a new --workdir"
+        )
+    return True
+
+
 def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Write the config into the folder, or check that it is the one that is there."""
+    """Write the config into the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "config.json"
-    mine = json.loads(json.dumps(config))
-    if file.exists():
-        theirs = json.loads(file.read_text())
-        a, b = (tree.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
-        differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
-        if differ:
-            key = differ[0]
-            raise ValueError(
-                f"{workdir} holds a run of another config: {key.rstrip('/').replace('/', '.')} is {b.get(key)!r} "
-                f"there and {a.get(key)!r} here ({len(differ)} differ); choose a new --workdir"
-            )
-        return
     part = file.with_name(".config.json.part")
-    part.write_text(json.dumps(mine, indent=2) + "\n")
+    part.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(part, file)
 
 

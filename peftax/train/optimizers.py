@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import optax
+
+
+def from_config(config: Mapping[str, Any], *, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """(optimizer, its learning rate by step) of a config's optimizer section."""
+    o = dict(config)
+    rate = schedule(
+        name=o.pop("schedule"),
+        learning_rate=o.pop("learning_rate"),
+        steps=steps,
+        warmup_steps=o.pop("warmup_steps"),
+        final_fraction=o.pop("final_fraction"),
+    )
+    return make(schedule=rate, **o), rate
 
 
 def schedule(

@@ -16,8 +16,8 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftax import methods, models, sharding, weights
+from peftax.core import injection, tree
 from peftax.core import sites as core_sites
-from peftax.core import tree
 from peftax.core.method import Method, Partition
 from peftax.core.sites import Sites
 from peftax.data import asset, chat, packing, pipeline
@@ -29,7 +29,10 @@ PYPI = "pypi:"
 
 @dataclasses.dataclass
 class Base:
-    """A base model on a mesh: plain parameters, its sites, its tokenizer."""
+    """A base model on a mesh: plain parameters, its sites, its tokenizer.
+
+    `unread`: the weights' files while `params` are their shapes (an outline); None once they are read.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -39,21 +42,34 @@ class Base:
     specs: dict[str, PartitionSpec]
     mesh: Mesh
     tokenizer: Any
+    unread: weights.Source | None = None
+
+    def load(self) -> Base:
+        """The same base with its weights read onto their shards."""
+        if self.unread is None:
+            return self
+        params = weights.load(self.unread, self.params, shardings=jax.tree.map(lambda x: x.sharding, self.params))
+        return dataclasses.replace(self, params=params, unread=None)
 
     def inject(self, method: Method) -> Callable:
         rows = NamedSharding(self.mesh, sharding.BATCH) if self.mesh.size > 1 else None
-        return core_sites.inject(self.model.apply, method, rows=rows)
+        return injection.inject(self.model.apply, method, rows=rows)
+
+    def places(self, half: Mapping[str, Any], method: Method) -> dict[str, Any]:
+        """Where each leaf of one half of a partition lies."""
+        return sharding.shardings(half, method, self.sites, self.specs, self.mesh)
 
     def place(self, part: Partition, method: Method) -> Partition:
         """The partition on its shards; base leaves lie there already."""
-        halves = []
-        for half in part:
-            places = sharding.shardings(half, method, self.sites, self.specs, self.mesh)
-            halves.append(jax.tree.map(jax.device_put, half, places))
-        return Partition(*halves)
+        return Partition(*(jax.tree.map(jax.device_put, half, self.places(half, method)) for half in part))
 
 
-def open_base(
+def open_base(**config: Any) -> Base:
+    """Load a base model: `config.model` splatted, and `config.mesh`; see `outline`."""
+    return outline(**config).load()
+
+
+def outline(
     *,
     path: str,
     revision: str | None = None,
@@ -63,7 +79,7 @@ def open_base(
     param_dtype: str = "float32",
     mesh: Mapping[str, Any] | None = None,
 ) -> Base:
-    """Load a base model: `config.model` splatted, and `config.mesh`."""
+    """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`."""
     if not path:
         raise ValueError("config.model.path is empty: give a folder, a .gguf file, or a hub id")
     grid = dict(mesh or {})
@@ -72,17 +88,18 @@ def open_base(
     folder = resolve(path)
     opened = weights.open(folder, revision=revision)
     config = dict(opened.config)
-    model = models.build(config, scan=scan, remat=remat, dtype=dtype, param_dtype=param_dtype)
+    try:
+        model = models.build(config, scan=scan, remat=remat, dtype=dtype, param_dtype=param_dtype)
+    except ValueError as error:
+        raise ValueError(f"{opened.path}: {error}") from error
     shapes = models.abstract(model)
     sites = core_sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     specs = sharding.base_specs(shapes, sites, made, rules)
-    places = jax.tree.map(
-        lambda spec: NamedSharding(made, spec),
-        tree.unflatten(specs),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
-    params = weights.load(opened, shapes, shardings=places)
-    return Base(Path(folder), config, model, params, sites, specs, made, opened.tokenizer())
+    placed = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(made, specs[path]))
+        for path, x in tree.flatten(shapes).items()
+    }
+    return Base(Path(folder), config, model, tree.unflatten(placed), sites, specs, made, opened.tokenizer(), opened)
 
 
 def resolve(path: str) -> str:
@@ -135,6 +152,29 @@ def start(base: Base, settings: Mapping[str, Any], *, seed: int, warm_start: str
             )
         part = Partition(part.frozen, warm.trainable)
     return Run(base, method, base.place(part, method), base.inject(method))
+
+
+def sketch(base: Base, settings: Mapping[str, Any]) -> Run:
+    """`start` in shapes: nothing is read or computed, the base may be an outline."""
+    method = methods.make(**settings)
+    shapes = tree.abstract(base.params)
+    part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, base.sites), shapes)
+    return Run(base, method, part, base.inject(method))
+
+
+def resume(base: Base, outline: Run, trainable: Mapping[str, Any], theta: Mapping[str, Any]) -> Run:
+    """The run of a checkpoint: its values in the place of fresh ones, the base moved as it was moved at the start.
+
+    Args:
+      outline: what `sketch` gave.
+      theta: frozen leaves that are not the base's, by path.
+    """
+    method, own = outline.method, tree.flatten(base.params)
+    frozen = tree.unflatten({p: own[p] if p in own else theta[p] for p in tree.flatten(outline.part.frozen)})
+    if method.move is not None:
+        frozen = tree.merge(method.move(frozen, base.sites), tree.unflatten(theta))
+    part = Partition(frozen, dict(trainable))
+    return dataclasses.replace(outline, base=base, part=base.place(part, method))
 
 
 def attach(base: Base, folder: str | Path) -> Run:

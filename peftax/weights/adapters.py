@@ -4,6 +4,7 @@ our own JSON elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peftax import methods
-from peftax.core import tree
+from peftax.core import hf, tree
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, parts
 from peftax.core.sites import Sites, real_shape, theta_of
@@ -57,27 +58,29 @@ def load(
     method = methods.make(name, **settings)
     part = method.init(jax.random.key(0), params, sites)
     tensors = _read_tensors(folder / TENSORS)
-    base = tree.flatten(part.frozen)
-    filled = {}
-    for path, leaf in tree.flatten(part.trainable).items():
-        value = np.zeros(leaf.shape, np.float32)
-        for key, index, own in _places(path, leaf, method, sites):
-            if key not in tensors:
-                raise ValueError(f"{folder}: holds no tensor {key!r}; the nearest: {tree.nearest(key, tensors, 1)}")
-            tensor = tensors.pop(key)
-            if tensor.shape != own.tensor_shape:
-                raise ValueError(
-                    f"{folder}: {key!r} has shape {tensor.shape}, this base needs {own.tensor_shape}; "
-                    "does the adapter belong to another model?"
-                )
-            value[index] = own.to_tree(tensor)
-        filled[path] = jnp.asarray(value, leaf.dtype)
+    frozen, trainable = (tree.flatten(half) for half in part)
+    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
+    filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
+    for piece in {theta_of(path, method, sites)[1].name: theta_of(path, method, sites)[1] for path in theta}.values():
+        slots = list(_slots(theta, piece, method, sites))
+        wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
+        for slot, value in _unpack(tensors, wanted, piece, folder):
+            if slot.path in trainable:
+                filled[slot.path][slot.index] = value
+            else:
+                frozen[slot.path] = jnp.asarray(value, frozen[slot.path].dtype)
+    for path, leaf in trainable.items():
+        if path in theta:
+            continue
+        for key, index, own in _whole(path, leaf, method, sites):
+            filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
     for key in [k for k in tensors if k.endswith(".base_layer.weight")]:  # an embedding PEFT saved whole
-        _replace_base(base, key, tensors.pop(key), folder)
+        _replace_base(frozen, key, tensors.pop(key), folder)
     if tensors:
         first = sorted(tensors)[0]
         raise ValueError(f"{folder}: {first!r} (of {len(tensors)} left over) has no place in this model")
-    return method, Partition(tree.unflatten(base), tree.unflatten(filled)), raw
+    values = {path: jnp.asarray(value, trainable[path].dtype) for path, value in filled.items()}
+    return method, Partition(tree.unflatten(frozen), tree.unflatten(values)), raw
 
 
 def save(
@@ -98,19 +101,35 @@ def save(
       tokenizer: laid beside when it changed.
     """
     folder = Path(folder)
-    tensors = {}
-    for path, leaf in tree.flatten(part.trainable).items():
-        value = np.asarray(jax.device_get(leaf)).astype(np.float32)
-        for key, index, own in _places(path, leaf, method, sites):
-            tensors[key] = np.ascontiguousarray(own.to_file(value[index]))
-    file, config = _config(method, sites, base, extra or {})
+    frozen, trainable = (tree.flatten(half) for half in part)
+    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
+    tensors, config = {}, {k: v for k, v in method.config.items() if k != "adapter"}
+    for piece in parts(method):
+        if piece.call is None:
+            continue
+        slots = {(s.name, s.leaf): s for s in _slots(theta, piece, method, sites)}
+        layers: hf.Layers = {}
+        for slot in slots.values():
+            value = np.asarray(jax.device_get(theta[slot.path])).astype(np.float32)[slot.index]
+            layers.setdefault(slot.name, {})[slot.leaf] = value
+        form = _form(piece)
+        if form is not None and form.settle is not None:
+            layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
+        tensors |= _pack(layers, slots, piece, trainable)
+    for path, leaf in trainable.items():
+        if path not in theta:
+            value = np.asarray(jax.device_get(leaf)).astype(np.float32)
+            for key, index, own in _whole(path, leaf, method, sites):
+                tensors[key] = own.to_file(value[index])
+    tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    file, written = _config(method, config, sites, base, extra or {})
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
     new.mkdir()
     try:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
-        (new / file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (new / file).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         (new / TENSORS).chmod((new / file).stat().st_mode)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
@@ -123,27 +142,134 @@ def save(
     return folder
 
 
-def _places(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple[str, Any, names.Leaf]]:
-    """Where a trainable leaf stands in the file: (tensor name, its part of the leaf, how it is turned), layer
-    by layer.
-    """
-    if _is_theta(path, method):
-        site, piece, axes = theta_of(path, method, sites)
-        form = methods.module(piece.name).HF
-        if site.kind not in form.keys:
-            raise Unsupported(f"{path}: {form.peft_type} has no file form here for a {site.kind} site")
-        suffix = form.keys[site.kind][path.rsplit("/", 1)[-1]]
-        own = leaf.shape[len(site.stack) :]
-        for layer, name in enumerate(site.names):
-            settings = piece.settings(name, site.kind)
+# --- a method's leaves ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it."""
+
+    path: str
+    index: tuple
+    shape: tuple[int, ...]
+    name: str
+    leaf: str
+    kind: str
+
+
+def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites) -> Iterator[_Slot]:
+    """Every layer's part of one method's leaves, without padding."""
+    for path, leaf in theta.items():
+        place, own_piece, axes = theta_of(path, method, sites)
+        last = path.rsplit("/", 1)[-1]
+        if own_piece is not piece or last not in piece.axes:
+            continue
+        if place is None:
+            yield _Slot(path, (), tuple(leaf.shape), "", last, "shared")
+            continue
+        own = leaf.shape[len(place.stack) :]
+        for layer, name in enumerate(place.names):
+            settings = piece.settings(name, place.kind) if piece.settings else {}
             if settings is None:
                 continue
             shape = real_shape(settings, axes, own)
-            at = np.unravel_index(layer, site.stack) if site.stack else ()
-            index = (*at, *(slice(n) for n in shape))
-            kind = "kernel" if len(shape) == 2 else "leaf"
-            yield f"{PREFIX}{name}.{suffix}", index, names.Leaf(kind, (), shape, leaf.dtype, False)
+            at = np.unravel_index(layer, place.stack) if place.stack else ()
+            yield _Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind)
+
+
+def _form(piece: Method) -> hf.Format | None:
+    return getattr(methods.module(piece.name), "HF", None)
+
+
+def _file_key(slot: _Slot, piece: Method) -> str | None:
+    """The tensor that holds this slot; None where a PEFT folder holds none of its own."""
+    form = _form(piece)
+    if form is None:
+        return ".".join(filter(None, (slot.name, piece.name, slot.leaf)))
+    if slot.kind == "shared":
+        return form.shared.get(slot.leaf)
+    suffix = form.keys.get(slot.kind, {}).get(slot.leaf)
+    return suffix and f"{PREFIX}{slot.name}.{suffix}"
+
+
+def _turned(shape_or_array: Any, piece: Method) -> Any:
+    """Between the tree's orientation and the file's."""
+    if _form(piece) is None:
+        return shape_or_array
+    if isinstance(shape_or_array, tuple):
+        return shape_or_array[::-1] if len(shape_or_array) == 2 else shape_or_array
+    return shape_or_array.T if shape_or_array.ndim == 2 else shape_or_array
+
+
+def _pack(layers: hf.Layers, slots, piece: Method, trainable) -> dict[str, np.ndarray]:
+    form = _form(piece)
+    if form is not None and form.pack is not None:
+        return form.pack(layers)
+    tensors = {}
+    for name, leaves in layers.items():
+        for leaf, value in leaves.items():
+            slot = slots[name, leaf]
+            key = _file_key(slot, piece)
+            if key is not None:
+                tensors[key] = _turned(value, piece)
+            elif slot.path in trainable:
+                kind = form.peft_type if form else piece.name
+                raise Unsupported(f"{slot.path}: {kind} has no file form here for a {slot.kind} site")
+    return tensors
+
+
+def _unpack(tensors: dict[str, np.ndarray], slots, piece: Method, folder: Path) -> Iterator[tuple[_Slot, np.ndarray]]:
+    form = _form(piece)
+    if form is not None and form.unpack is not None:
+        shapes: dict[str, dict[str, tuple]] = {}
+        for slot in slots:
+            shapes.setdefault(slot.name, {})[slot.leaf] = slot.shape
+        try:
+            layers = form.unpack(tensors, shapes)
+        except KeyError as error:
+            near = tree.nearest(str(error.args[0]), tensors, 1)
+            raise ValueError(f"{folder}: holds no tensor {error}; the nearest: {near}") from None
+        tensors.clear()
+        for slot in slots:
+            value = layers[slot.name][slot.leaf]
+            if value.shape != slot.shape:
+                raise ValueError(
+                    f"{folder}: {slot.leaf!r} of {slot.name!r} has shape {value.shape}, this base needs {slot.shape}; "
+                    "does the adapter belong to another model?"
+                )
+            yield slot, value
         return
+    for slot in slots:
+        key = _file_key(slot, piece)
+        if key is None:
+            raise Unsupported(f"{slot.path}: {form.peft_type} has no file form here for a {slot.kind} site")
+        if slot.kind == "shared" and key not in tensors:
+            continue  # the file leaves it to its seed
+        yield slot, _turned(_taken(tensors, key, _turned(slot.shape, piece), folder), piece)
+
+
+def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    if key not in tensors:
+        raise ValueError(f"{folder}: holds no tensor {key!r}; the nearest: {tree.nearest(key, tensors, 1)}")
+    tensor = tensors.pop(key)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{folder}: {key!r} has shape {tensor.shape}, this base needs {shape}; does the adapter belong to "
+            "another model?"
+        )
+    return tensor
+
+
+def _is_theta(path: str, method: Method) -> bool:
+    bits = path.split("/")
+    return len(bits) > 2 and any(m.call and m.name == bits[-3] for m in parts(method))
+
+
+# --- whole leaves of the base ---------------------------------------------------------------------
+
+
+def _whole(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple[str, Any, names.Leaf]]:
+    """Where a leaf of the base stands in the file: (tensor name, its part, how it is turned), layer by layer."""
     targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     stacked = next(iter(names.walk({path: leaf})))
     for layer, name in enumerate(stacked.names):
@@ -151,16 +277,7 @@ def _places(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tupl
         inside = ".base_layer" if module in targeted else ""
         index = (layer,) if stacked.stacked else ()
         shape = leaf.shape[stacked.stacked :]
-        yield (
-            f"{PREFIX}{module}{inside}.{last}",
-            index,
-            names.Leaf(path, (), shape, leaf.dtype, False),
-        )
-
-
-def _is_theta(path: str, method: Method) -> bool:
-    bits = path.split("/")
-    return len(bits) > 3 and any(m.call and m.name == bits[-3] for m in parts(method))
+        yield f"{PREFIX}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
 
 
 def _is_target(method: Method, name: str, kind: str) -> bool:
@@ -175,16 +292,15 @@ def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Pa
     base[path] = jnp.asarray(tensor, base[path].dtype)
 
 
-def _config(method: Method, sites: Sites, base: str | None, extra) -> tuple[str, dict[str, Any]]:
-    own = {k: v for k, v in method.config.items() if k != "adapter"}
-    form = getattr(methods.module(method.name), "HF", None)
+def _config(method: Method, own: Mapping[str, Any], sites: Sites, base, extra) -> tuple[str, dict[str, Any]]:
+    form = _form(method)
     if form is None:
-        return OWN_CONFIG, {**extra, "method": method.name, "config": own, "base_model_name_or_path": base}
+        return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": base}
     fields = form.write(own)
-    if fields.get("target_modules") == "all-linear":  # other readers know only names
-        fields["target_modules"] = sorted(
-            {n.rsplit(".", 1)[-1] for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
-        )
+    if fields.get("target_modules") in ("all-linear", hf.BY_NAME):  # other readers know only names
+        targets = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
+        whole = fields["target_modules"] == hf.BY_NAME
+        fields["target_modules"] = sorted(targets if whole else {n.rsplit(".", 1)[-1] for n in targets})
     if base is not None or "base_model_name_or_path" not in extra:
         fields["base_model_name_or_path"] = base
     always = {"task_type": "CAUSAL_LM", "revision": None, "auto_mapping": None}

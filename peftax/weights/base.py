@@ -50,8 +50,8 @@ def load(
       dtype: of all floating leaves; None takes those of `abstract`.
     """
     weights = weights if isinstance(weights, Source) else source.open(weights)
+    check(weights, abstract)
     leaves = list(names.walk(abstract))
-    _check(weights, leaves)
     places = {} if shardings is None else trees.flatten(shardings)
     if shardings is not None and places.keys() != {leaf.path for leaf in leaves}:
         wrong = sorted(places.keys() ^ {leaf.path for leaf in leaves})
@@ -65,8 +65,9 @@ def load(
     return trees.unflatten(params)
 
 
-def _check(weights: Source, leaves: list[names.Leaf]) -> None:
+def check(weights: Source, abstract: trees.Tree) -> None:
     """Every tensor is there in its shape, before the first is read; what is left over is named."""
+    leaves = list(names.walk(abstract))
     try:
         config = weights.config
     except FileNotFoundError:  # a model of one's own needs none

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftax import models
-from peftax.core import sites, tree
+from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
 from peftax.weights import adapters, base, source
 
@@ -69,7 +69,7 @@ def _compare(opened, adapter: str | Path, inputs: np.ndarray, expect: np.ndarray
     method, part, _ = adapters.load(adapter, params, found)
     rows = inputs.shape[1]
     plain = model.apply({"params": params}, inputs)
-    ours = sites.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)[:, -rows:]
+    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)[:, -rows:]
     expect = expect[:, -rows:]
     if ours.shape != expect.shape:
         raise ValueError(f"{adapter}: expected logits have shape {expect.shape}, ours {ours.shape}")

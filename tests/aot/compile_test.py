@@ -10,7 +10,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax import methods, models, sharding
-from peftax.core import sites, tree
+from peftax.core import injection, sites, tree
 from peftax.train import loss
 from peftax.train.step import State, make_step, state_shardings
 from tests.aot import machines
@@ -71,7 +71,7 @@ def step_for(devices: Sequence[jax.Device], data: int = 1):
     def objective(apply, params, batch, ctx):
         return loss.causal_lm(apply, params, batch, ctx, chunk=CHUNK)
 
-    apply = sites.inject(model.apply, method, rows=rows if len(devices) > 1 else None)
+    apply = injection.inject(model.apply, method, rows=rows if len(devices) > 1 else None)
     step = make_step(apply, objective, optimizer, shardings=places)
     return step, (placed(state, places), frozen, batch)
 

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from peftax import methods
-from peftax.core import sites
+from peftax.core import lift
 from peftax.core.method import Method, Partition, chain, parts
 from tests.core import toys
 
@@ -31,7 +31,7 @@ def test_chain():
 def test_the_first_method_of_a_chain_draws_the_same_alone():
     _, params, _, all_sites = toys.found("mlp")
     lora = methods.make("lora", rank=2)
-    biases = sites.select("biases", lambda name: name.endswith(".bias"))
+    biases = lift.select("biases", lambda name: name.endswith(".bias"))
     alone = toys.start(lora, params, all_sites).trainable
     chained = toys.start(chain(lora, biases), params, all_sites).trainable
     assert (alone["up"]["lora"]["default"]["a"] == chained["up"]["lora"]["default"]["a"]).all()

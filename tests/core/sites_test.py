@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from peftax import methods
-from peftax.core import sites, tree, views
+from peftax.core import injection, lift, sites, tree, views
 from peftax.core.method import Ctx, chain
 from peftax.methods.lora import lora
 from tests.core import toys
@@ -60,6 +60,24 @@ EXPECTED = {
         for i in range(3)
         for n, shape in (("up", (6, 9)), ("down", (9, 6)))
     },
+}
+
+
+def moe(at, stack):
+    """Experts stand the same whether their axis is an einsum's or nn.vmap's."""
+    return {
+        f"{at}/router": ("linear", (6, 4), f"{at}/router/kernel", True, stack),
+        f"{at}/experts/up": ("linear", (6, 5), f"{at}/experts/up/kernel", True, (*stack, 4)),
+        f"{at}/experts/down": ("linear", (5, 6), f"{at}/experts/down/kernel", False, (*stack, 4)),
+    }
+
+
+EXPECTED |= {
+    "bank": moe("block", ()),
+    "mapped": moe("block", ()),
+    "scanned_bank": moe("layers", (3,)),
+    "scanned_mapped": moe("layers", (3,)),
+    "unrolled_bank": moe("layers/0", ()) | moe("layers/1", ()) | moe("layers/2", ()),
 }
 
 
@@ -199,8 +217,8 @@ def test_some_layers_under_a_scan():
     model, params, x, all_sites = found("scan")
     method = lora(targets=["up"], layers=[1], rank=2)
     frozen, trainable = toys.start(method, params, all_sites)
-    a = trainable["layers"]["up"]["lora"]["default"]["a"]
-    assert a.shape == (3, 6, 2) and not a[0].any() and a[1].any() and not a[2].any()
+    assert trainable["layers"]["up"]["lora"]["default"]["a"].shape == (3, 6, 2)
+    assert frozen["layers"]["up"]["lora"]["default"]["on"].tolist() == [False, True, False]
 
     def loss(trainable):
         merged = tree.merge(frozen, trainable)
@@ -216,7 +234,7 @@ def test_some_layers_under_a_scan():
 
 def test_a_selection_of_layers_inside_one_array_is_refused():
     _, params, _, all_sites = found("scan")
-    method = sites.select("some", lambda name: name == "layers.1.up.bias")
+    method = lift.select("some", lambda name: name == "layers.1.up.bias")
     with pytest.raises(ValueError, match=r"layers/up/bias.*1 of 3.*scan=False"):
         toys.start(method, params, all_sites)
     _, params, _, all_sites = found("unrolled")
@@ -238,7 +256,7 @@ def test_count_uses_real_ranks(name):
 
 def test_count_of_moved_leaves():
     _, params, _, all_sites = found("mlp")
-    method = sites.select("biases", lambda name: name.endswith(".bias"))
+    method = lift.select("biases", lambda name: name.endswith(".bias"))
     assert sites.count(method, params, all_sites) == {"trainable": 7, "total": tree.count(params)}
 
 
@@ -247,14 +265,14 @@ def test_count_of_moved_leaves():
 
 def test_a_pattern_that_matches_nothing_names_sites():
     _, params, _, all_sites = found("mlp")
-    with pytest.raises(ValueError, match=r"match none of down, up"):
+    with pytest.raises(ValueError, match=r"nearest to 'upp': 'up'"):
         lora(targets=["upp"]).init(jax.random.key(0), params, all_sites)
 
 
 def test_inject_without_theta():
     model, params, x = toys.build("mlp")
     with pytest.raises(ValueError, match=r"no leaves of lora.*merge"):
-        sites.inject(model.apply, lora())({"params": params}, x)
+        injection.inject(model.apply, lora())({"params": params}, x)
 
 
 def test_an_adapter_that_is_never_reached():
@@ -270,7 +288,7 @@ def test_an_adapter_of_another_name():
     model, params, x, all_sites = found("mlp")
     merged = tree.merge(*lora(adapter="blue").init(jax.random.key(0), params, all_sites))
     with pytest.raises(ValueError, match="no adapter 'red' at 'up'; it holds blue"):
-        sites.inject(model.apply, lora(adapter="red"))({"params": merged}, x)
+        injection.inject(model.apply, lora(adapter="red"))({"params": merged}, x)
 
 
 def test_an_error_inside_a_product_names_its_site():
@@ -279,7 +297,7 @@ def test_an_error_inside_a_product_names_its_site():
     leaves = merged["down"]["lora"]["default"]
     leaves["a"] = leaves["a"][:-1]
     with pytest.raises(ValueError, match="does not contract") as error:
-        sites.inject(model.apply, lora(rank=2))({"params": merged}, x)
+        injection.inject(model.apply, lora(rank=2))({"params": merged}, x)
     assert "at site 'down'" in error.value.__notes__
 
 
@@ -328,7 +346,7 @@ def test_a_registered_module_is_a_site(monkeypatch):
     method = lora(targets=["scaled"], rank=2)
     frozen, trainable = toys.start(method, params, all_sites)
     merged = tree.merge(frozen, toys.perturb(trainable))
-    adapted = sites.inject(Mine().apply, method)({"params": merged}, x)
+    adapted = injection.inject(Mine().apply, method)({"params": merged}, x)
     toys.close(adapted, Mine().apply({"params": method.fold(merged, all_sites)}, x), 1e-5)
 
 
@@ -362,7 +380,7 @@ def test_parameters_at_the_root(settings):
     all_sites = sites.find(Rooted().apply, params, x)
     assert list(all_sites) == ["out"]
     if "modules_to_save" in settings:
-        with pytest.raises(ValueError, match="match none of out"):
+        with pytest.raises(ValueError, match="the model has out"):
             lora(**settings).init(jax.random.key(0), params, all_sites)
         return
     trainable = tree.flatten(lora(**settings).init(jax.random.key(0), params, all_sites).trainable)
@@ -387,7 +405,7 @@ def test_two_adapters_stand_on_one_base():
 
 def test_two_methods_at_one_site_are_refused():
     model, params, x, all_sites = found("mlp")
-    other = sites.per_kernel(
+    other = lift.per_kernel(
         "other",
         init=lambda key, k: {"trainable": {"s": jnp.ones(())}},
         call=lambda theta, x, k, ctx: x @ k.w * theta["s"],
@@ -398,7 +416,7 @@ def test_two_methods_at_one_site_are_refused():
     both = chain(lora(rank=2), other)
     merged = tree.merge(*toys.start(both, params, all_sites))
     with pytest.raises(ValueError, match="lora and other meet at 'down'"):
-        sites.inject(model.apply, both)({"params": merged}, x)
+        injection.inject(model.apply, both)({"params": merged}, x)
 
 
 def test_dropout_keys_differ_by_site_and_layer_and_agree_between_scan_and_unrolled():
@@ -418,7 +436,7 @@ def test_dropout_keys_differ_by_site_and_layer_and_agree_between_scan_and_unroll
 
 def test_chain_of_kernels_and_leaves():
     _, params, _, all_sites = found("mlp")
-    biases = sites.select("biases", lambda name: name.endswith(".bias"))
+    biases = lift.select("biases", lambda name: name.endswith(".bias"))
     both = chain(lora(rank=2), biases)
     part = toys.start(both, params, all_sites)
     assert "up/bias" in tree.flatten(part.trainable) and "up/lora/default/a" in tree.flatten(part.trainable)

@@ -8,13 +8,20 @@ from peftax.core import views
 
 
 @pytest.mark.parametrize(
-    "shape, perm, n_in",
-    [((5, 3), (0, 1), 1), ((5, 3), (1, 0), 1), ((2, 5, 3), (1, 0, 2), 1), ((2, 5, 3), (2, 0, 1), 2)],
+    "shape, perm, n_in, n_stack, expected",
+    [
+        ((5, 3), (0, 1), 1, 0, (5, 3)),
+        ((5, 3), (1, 0), 1, 0, (3, 5)),
+        ((2, 5, 3), (1, 0, 2), 1, 0, (5, 6)),
+        ((2, 5, 3), (2, 0, 1), 2, 0, (6, 5)),
+        ((2, 5, 3), (1, 2, 0), 1, 1, (5, 3, 2)),
+        ((2, 5, 3, 4), (3, 0, 1, 2), 1, 2, (8, 5, 3)),
+    ],
 )
-def test_matrix_and_back(shape, perm, n_in):
+def test_matrix_and_back(shape, perm, n_in, n_stack, expected):
     kernel = np.arange(np.prod(shape)).reshape(shape)
-    matrix = views.to_matrix(kernel, perm, n_in)
-    assert matrix.shape[0] == np.prod([shape[p] for p in perm[:n_in]])
+    matrix = views.to_matrix(kernel, perm, n_in, n_stack)
+    assert matrix.shape == expected
     np.testing.assert_array_equal(views.from_matrix(matrix, perm, shape), kernel)
 
 
@@ -26,8 +33,10 @@ def product(module, x, *args):
         view = views.view_of(context.module, context.method_name, call_args, call_kwargs)
         if view is not None and not seen:
             params = context.module.variables["params"]
-            y = view.rows(call_args[0]) @ view.matrix(params[view.kernel])
-            seen.append(view.back(y if view.bias is None else y + params[view.bias].reshape(-1)))
+            x, w = view.rows(call_args[0]), view.matrix(params[view.kernel])
+            b = params[view.bias].reshape(*w.shape[:-2], -1) if view.bias else jnp.zeros((*w.shape[:-2], w.shape[-1]))
+            each = jax.vmap(lambda x, w, b: x @ w + b) if view.n_stack else lambda x, w, b: x @ w + b
+            seen.append(view.back(each(x, w, b)))
         return next_fun(*call_args, **call_kwargs)
 
     rng = np.random.default_rng(0)
@@ -50,6 +59,14 @@ def product(module, x, *args):
         (nn.Einsum((3, 4), None, use_bias=False), (5, 3), ("BD,DF->BF",)),
         (nn.Einsum((2, 4, 3), "BTNH,NHD->BTD"), (5, 6, 2, 4), ()),
         (nn.Einsum((3, 4), "DT,DF->FT", use_bias=False), (3, 5), ()),  # batch axis last
+        (nn.Einsum((3, 4, 2), "BTD,DNH->BTHN"), (5, 6, 3), ()),
+        (nn.Einsum((2, 3, 4), "ECD,EDF->ECF"), (2, 5, 3), ()),  # from here on stacks of kernels
+        (nn.Einsum((2, 3, 4), "BECD,EDF->BECF"), (5, 2, 6, 3), ()),
+        (nn.Einsum((3, 4, 2), "BTED,DFE->TEBF"), (5, 6, 2, 3), ()),
+        (nn.Einsum((2, 3, 4), "BED,EDF->BFE", use_bias=False), (5, 2, 3), ()),
+        (nn.Einsum((2, 5, 3, 4), "GCED,EGDF->GECF", use_bias=False), (5, 6, 2, 3), ()),
+        (nn.Einsum((2, 3, 4, 5), "ENHB,ENHD->EBD"), (2, 3, 4, 6), ()),
+        (nn.Einsum((2, 3), "ED,ED->E", use_bias=False), (2, 3), ()),
         (nn.Conv(4, (3,)), (2, 7, 3), ()),
         (nn.Conv(4, (3, 2), strides=2, padding="VALID"), (2, 7, 6, 3), ()),
         (nn.Conv(4, (2, 2), padding=((1, 0), (0, 2)), kernel_dilation=(2, 1)), (2, 5, 6, 3), ()),
@@ -69,7 +86,10 @@ def test_a_view_is_the_product(module, shape, args):
     [
         (nn.LayerNorm(), (2, 3)),
         (nn.DenseGeneral(4, batch_dims=0, axis=-1), (2, 5, 3)),
-        (nn.Einsum((2, 3, 4), "NBD,NDH->NBH", use_bias=False), (2, 5, 3)),  # a stack of kernels
+        (nn.Einsum((2, 3), "ED,ED->ED", use_bias=False), (2, 3)),  # number by number
+        (nn.Einsum((3, 4), "BTD,DF->BF", use_bias=False), (2, 5, 3)),  # sums over T as well
+        (nn.Einsum((3, 4, 2), "BD,DFE->BF", use_bias=False), (5, 3)),
+        (nn.Einsum((2, 3, 4), "ECD,EDF->CFE"), (2, 5, 3)),  # a bias [F, E]
         (nn.Einsum((3, 4), "...D,DH->...H", use_bias=False), (5, 3)),
         (nn.Conv(6, (2, 2), feature_group_count=3), (2, 5, 6, 3)),
         (nn.Conv(4, (2,), padding="CIRCULAR"), (2, 7, 3)),

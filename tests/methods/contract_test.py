@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax import methods, sharding
-from peftax.core import sites, tree
+from peftax.core import injection, sites, tree
 from peftax.core.method import Ctx, parts
 from peftax.train import loss, optimizers
 from peftax.train.step import State, make_step, state_shardings
@@ -58,7 +58,7 @@ class Case:
 
     @functools.cached_property
     def logits(self):
-        apply = sites.inject(tiny.model().apply, self.method)
+        apply = injection.inject(tiny.model().apply, self.method)
         batch = tiny.batch()
         return jax.jit(lambda p: apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"]))
 
@@ -68,7 +68,7 @@ class Case:
 
     @functools.cache  # noqa: B019
     def _gradient(self, scan, remat, dropout):
-        apply = sites.inject(tiny.model(scan, remat).apply, self.method)
+        apply = injection.inject(tiny.model(scan, remat).apply, self.method)
 
         @jax.jit
         @jax.value_and_grad
@@ -101,7 +101,7 @@ class Case:
             state = jax.device_put(state, options["shardings"])
         else:
             state = State.create(trainable, optimizer)
-        apply = sites.inject(tiny.model().apply, self.method, rows=rows)
+        apply = injection.inject(tiny.model().apply, self.method, rows=rows)
         step = make_step(apply, causal_lm, optimizer, **options)
         before, losses, first = jax.tree.map(np.array, frozen), [], None
         for _ in range(STEPS):
@@ -177,9 +177,10 @@ def test_2_partition(case):
     assert base.keys() <= frozen.keys() | trainable.keys()
     added = (frozen.keys() | trainable.keys()) - base.keys()
     assert bool(added) == bool(case.acting)
-    for path in added:  # <site>/<method>/<adapter>/<leaf>
-        site, name, _, _ = path.rsplit("/", 3)
-        assert site in case.sites and name in [m.name for m in case.acting]
+    for path in added:  # [<place>/]<method>/<adapter>/<leaf>
+        *place, name, _, _ = path.split("/")
+        assert name in [m.name for m in case.acting]
+        assert not place or "/".join(place) in case.sites.keys() | case.sites.blocks.keys()
     for path, leaf in trainable.items():
         assert leaf.dtype == jnp.float32, path
     with pytest.raises(ValueError, match="both trees hold"):
@@ -191,11 +192,15 @@ def test_2_axes_name_every_leaf(case):
     for path, leaf in tree.flatten(tree.merge(*case.start)).items():
         if path in tree.flatten(tiny.params()) or path.endswith("/id"):
             continue
-        site, method, axes = sites.theta_of(path, case.method, case.sites)
-        assert leaf.shape[: len(site.stack)] == site.stack
-        own = dict(zip(axes, leaf.shape[len(site.stack) :], strict=True))
-        assert own.get("in", site.shape[0]) == site.shape[0], path
-        assert own.get("out", site.shape[1]) == site.shape[1], path
+        place, method, axes = sites.theta_of(path, case.method, case.sites)
+        stack = place.stack if place else ()
+        assert leaf.shape[: len(stack)] == stack
+        own = dict(zip(axes, leaf.shape[len(stack) :], strict=True))
+        if place is None:
+            assert not {"in", "out"} & own.keys(), "no one site's sizes are those of all"
+            continue
+        assert own.get("in", place.shape[0]) == place.shape[0], path
+        assert own.get("out", place.shape[1]) == place.shape[1], path
 
 
 def test_2_init_works_on_shapes_and_count_agrees(case):
@@ -209,6 +214,10 @@ def test_2_init_works_on_shapes_and_count_agrees(case):
 
 def test_3_fold(case):
     merged = tree.merge(case.frozen, case.trainable)
+    if case.method.fold is None:
+        assert re.search("[Nn]othing folds", methods.module(case.name).__doc__), "the file says that it does not fold"
+        assert tiny.distance(real(case.logits(merged)), real(base_logits()[1])) >= 0.1
+        return
     folded = jax.jit(lambda p: case.method.fold(p, case.sites))(merged)
     assert tree.flatten(folded).keys() == tree.flatten(tiny.params()).keys()
     plain, base = base_logits()
@@ -285,23 +294,57 @@ def test_5_devices_adam(case):
     np.testing.assert_allclose(losses_8, losses, rtol=1e-4)
 
 
+def test_6_layers_that_are_no_targets_stay_as_they_are(case):
+    """Scanned layers share leaves; those of a layer that is no target do nothing and do not train."""
+    if "layers" not in methods.defaults(case.name):
+        pytest.skip(f"{case.name} has no choice of layers")
+    method = methods.make(case.name, layers=[1])
+    part = jax.jit(lambda key, p: method.init(key, p, case.sites))(jax.random.key(0), tiny.params())
+    trainable = tiny.perturb(part.trainable)
+    first = {p: x for p, x in tree.flatten(trainable).items() if p.startswith("model/layers/")}
+    other = tree.unflatten({**tree.flatten(trainable), **{p: x.at[0].add(1.0) for p, x in first.items()}})
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(trainable):
+        total, weight = causal_lm(
+            injection.inject(tiny.model().apply, method), tree.merge(part.frozen, trainable), tiny.batch()
+        )
+        return total / weight
+
+    if "on" not in {p.rsplit("/", 1)[1] for p in tree.flatten(part.frozen)}:
+        pytest.fail("the layer that is no target has no mark")
+    assert float(mean(trainable)[0]) == float(mean(other)[0])
+    gradients = tree.flatten(mean(trainable)[1])
+    for path in first:
+        assert not gradients[path][0].any() and gradients[path][1].any(), path
+    if method.fold is not None:
+        folded = jax.jit(lambda p: method.fold(p, case.sites))(tree.merge(part.frozen, trainable))
+        for site in case.sites.values():
+            if site.stack:
+                kernel = tree.flatten(folded)[site.kernel]
+                np.testing.assert_array_equal(kernel[0], tree.flatten(tiny.params())[site.kernel][0])
+
+
 def test_6_a_pattern_that_matches_nothing(case):
     if "targets" not in methods.defaults(case.name):
         pytest.skip(f"{case.name} has no targets")
     method = methods.make(case.name, targets="no_such_module")
-    with pytest.raises(ValueError, match=f"{case.name}.*(_proj|kernel|scale|bias)"):
+    with pytest.raises(
+        ValueError, match=f"{case.name}: (targets match no module; nearest|nothing is chosen; the leaves)"
+    ):
         jax.eval_shape(lambda p: method.init(jax.random.key(0), p, case.sites), tiny.params())
 
 
 def test_6_an_adapter_that_tracing_never_reached(case):
     if not case.acting:
         pytest.skip(f"{case.name} adds no leaves")
-    apply, tokens = sites.inject(tiny.model().apply, case.method), jnp.zeros((1, 3), jnp.int32)
-    flat = tree.flatten(tree.merge(*case.start))
-    lost = {p.replace("self_attn/q_proj", "self_attn/q_prjo"): x for p, x in flat.items() if "/kernel" not in p}
-    kernels = {p: x for p, x in flat.items() if "/kernel" in p or p in tree.flatten(tiny.params())}
-    with pytest.raises(ValueError, match="never reached.*q_prjo.*"):
-        jax.eval_shape(apply, {"params": tree.unflatten({**lost, **kernels})}, tokens)
+    apply, tokens = injection.inject(tiny.model().apply, case.method), jnp.zeros((1, 3), jnp.int32)
+    flat, base = tree.flatten(tree.merge(*case.start)), tree.flatten(tiny.params())
+    place = next(p.rsplit("/", 3)[0] for p in flat.keys() - base.keys() if p.count("/") > 2)
+    lost = {p.replace(f"{place}/", f"{place}_lost/", 1) if p not in base else p: x for p, x in flat.items()}
+    with pytest.raises(ValueError, match=f"never reached.*{place}_lost"):
+        jax.eval_shape(apply, {"params": tree.unflatten(lost)}, tokens)
     with pytest.raises(ValueError, match="no leaves.*merge"):
         jax.eval_shape(apply, {"params": tiny.params()}, tokens)
 
@@ -309,7 +352,7 @@ def test_6_an_adapter_that_tracing_never_reached(case):
 def test_7_frozen_is_an_argument(case):
     """One compile and donation are asserted in every run of `train`; here: no weight is baked into the program."""
     state = State.create(case.trainable, optax.sgd(0.1))
-    step = make_step(sites.inject(tiny.model().apply, case.method), causal_lm, optax.sgd(0.1))
+    step = make_step(injection.inject(tiny.model().apply, case.method), causal_lm, optax.sgd(0.1))
     program = step.trace(state, case.frozen, tiny.batch()).jaxpr
     baked = sum(np.size(c) for c in program.consts)
     assert baked < 100
@@ -338,7 +381,7 @@ def test_10_overfits_one_batch(case):
     """Two examples, seven tokens: even biases can learn them."""
     batch = {k: np.where(np.arange(8)[:, None] < 2, v, np.zeros_like(v)) for k, v in tiny.batch().items()}
     optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(3e-2))
-    step = make_step(sites.inject(tiny.model().apply, case.method), causal_lm, optimizer)
+    step = make_step(injection.inject(tiny.model().apply, case.method), causal_lm, optimizer)
     state = State.create(jax.tree.map(jnp.copy, case.start.trainable), optimizer)
     losses = []
     for _ in range(200):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from peftax.core import hf, sites, tree
+from peftax.core import hf, injection, sites, tree
 from peftax.core.method import Ctx
 from peftax.methods import lora as file
 from peftax.methods.lora import lora
@@ -46,7 +46,7 @@ def test_by_hand():
     assert leaves["a"].shape == (2, 1) and leaves["b"].tolist() == [[0.0, 0.0, 0.0]]
     leaves["a"], leaves["b"] = jnp.array([[1.0], [1.0]]), jnp.array([[1.0, 0.0, 2.0]])
     merged = tree.merge(frozen, trainable)
-    y = sites.inject(holder.apply, method)({"params": merged}, x)
+    y = injection.inject(holder.apply, method)({"params": merged}, x)
     assert y.tolist() == [[6.0 + 12.0, 5.0, 2.0 + 24.0]]
     folded = method.fold(merged, sites.find(holder.apply, params, x))["layers_0"]
     assert folded["kernel"].tolist() == [[5.0, 0.0, 9.0], [6.0, 2.0, 8.0]]
@@ -130,7 +130,7 @@ def test_padded_ranks_stay_zero_under_adam():
     )
     frozen, trainable = start(method)
     optimizer = optimizers.make(name="adamw", schedule=optax.constant_schedule(1e-2), weight_decay=0.1)
-    step = make_step(sites.inject(tiny.model().apply, method), loss.causal_lm, optimizer)
+    step = make_step(injection.inject(tiny.model().apply, method), loss.causal_lm, optimizer)
     state = State.create(trainable, optimizer)
     for _ in range(5):
         state, _ = step(state, frozen, tiny.batch())
@@ -176,7 +176,7 @@ def test_modules_to_save_that_match_nothing():
 def test_dropout_keeps_the_expectation_and_acts_before_a():
     theta = {"a": jnp.eye(4), "b": jnp.eye(4), "scale": jnp.float32(1.0)}
     x, w = jnp.full((2, 50_000, 4), 2.0), jnp.zeros((4, 4))
-    dropped = file._drop(x, 0.25, jax.random.key(0))
+    dropped = Ctx(key=jax.random.key(0)).drop(x, 0.25)
     assert set(np.unique(np.asarray(dropped)).round(5)) == {0.0, np.float32(2 / 0.75).round(5)}
     assert float(dropped.mean()) == pytest.approx(2.0, rel=5e-3)
     model = nn.Sequential([nn.Dense(4)])
@@ -184,7 +184,7 @@ def test_dropout_keeps_the_expectation_and_acts_before_a():
     method = lora(rank=4, dropout=0.25, targets=["layers_0"])
     frozen, trainable = method.init(jax.random.key(0), params, sites.find(model.apply, params, x[:, :2]))
     merged = tree.merge(frozen, {"layers_0": {"lora": {"default": {"a": theta["a"], "b": theta["b"]}}}})
-    run = sites.inject(model.apply, method)
+    run = injection.inject(model.apply, method)
     scale = 16.0 / 4
     trained = run({"params": merged}, x, ctx=Ctx(key=jax.random.key(3)))
     assert float(trained.mean()) == pytest.approx(1 + 2 * scale, rel=5e-3)  # the bias and xW are not dropped
@@ -219,5 +219,8 @@ def test_config_there_and_back():
 
 
 def test_what_is_not_plain_lora():
-    with pytest.raises(hf.Unsupported, match="use_dora.*nearest"):
-        file.HF.read({"target_modules": ["q_proj"], "use_dora": True})
+    with pytest.raises(hf.Unsupported, match="use_bdlora.*nearest"):
+        file.HF.read({"peft_type": "LORA", "target_modules": ["q_proj"], "use_bdlora": {"nblocks": 2}})
+    with pytest.raises(hf.Unsupported, match="corda.*moved base"):
+        file.HF.read({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "corda"})
+    assert not file.HF.matches({"use_dora": True})

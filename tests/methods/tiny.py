@@ -70,11 +70,11 @@ def unstack(scanned):
 
 
 def perturb(trainable, seed=1):
-    """Noise of the leaf's own size (0.3 where it is zero): away from the identity, unlike in every layer."""
+    """Noise of the leaf's own size (0.6 where it is zero): away from the identity, unlike in every layer."""
     rng = np.random.default_rng(seed)
 
     def noisy(x):
-        size = float(np.sqrt(np.mean(np.square(x)))) or 0.3
+        size = float(np.sqrt(np.mean(np.square(x)))) or 0.6
         return x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype)
 
     return jax.tree.map(noisy, trainable)

@@ -5,18 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftax.ops.attention import attention, visible
+from peftax.ops.attention import Where, attention, visible
 
 
 def test_visible():
     positions = jnp.array([[0, 1, 2, 0, 1, 0]])
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    seen = visible(positions, segments, positions, segments)[0].astype(int)
+    seen = visible(Where(positions, segments, positions, segments))[0].astype(int)
     np.testing.assert_array_equal(
         seen,
         [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0] * 6],
     )
-    windowed = visible(positions, segments, positions, segments, 2)[0].astype(int)
+    windowed = visible(Where(positions, segments, positions, segments), 2)[0].astype(int)
     np.testing.assert_array_equal(windowed[2], [0, 1, 1, 0, 0, 0])
 
 

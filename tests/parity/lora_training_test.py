@@ -12,7 +12,7 @@ import peft  # noqa: E402
 import transformers  # noqa: E402
 
 from peftax import models, weights  # noqa: E402
-from peftax.core import sites, tree  # noqa: E402
+from peftax.core import injection, sites, tree  # noqa: E402
 from peftax.methods.lora import lora  # noqa: E402
 from peftax.train import loss  # noqa: E402
 from peftax.train.step import State, make_step  # noqa: E402
@@ -144,7 +144,7 @@ def test_follows_peft(tmp_path, name, scan):
     trainable = into(trainable, start, found)
 
     optimizer = optax.chain(optax.trace(0.0), optax.adamw(RATE, weight_decay=DECAY, eps=EPS))
-    step = make_step(sites.inject(model.apply, method), loss.causal_lm, optimizer)
+    step = make_step(injection.inject(model.apply, method), loss.causal_lm, optimizer)
     state, losses, first = State.create(trainable, optimizer), [], None
     for tokens, held, counted in batches():
         batch = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from peftax import models
-from peftax.core import sites, tree
+from peftax.core import injection, sites, tree
 from peftax.data.chat import Example
 from peftax.data.packing import pack, pad
 from peftax.methods.lora import lora
@@ -83,7 +83,7 @@ def test_nll_compiles_once_for_a_shape_and_takes_an_injected_apply():
     es = examples(grouped=False)
     method = lora(rank=2)
     found = sites.find(MODEL.apply, params(), jnp.zeros((1, 2), jnp.int32))
-    apply = sites.inject(MODEL.apply, method)
+    apply = injection.inject(MODEL.apply, method)
     part = method.init(jax.random.key(0), params(), found)
     whole = tree.merge(part.frozen, part.trainable)
     adapted = evaluate.nll(apply, whole, pad(es, 11), batch_size=2)

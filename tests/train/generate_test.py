@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftax import models
-from peftax.core import sites, tree
+from peftax import methods, models
+from peftax.core import injection, sites, tree
 from peftax.methods.lora import lora
 from peftax.train.generate import Generator, split_prefix
 
@@ -102,11 +102,34 @@ def test_other_params_and_folded_weights_compile_nothing():
     part = method.init(jax.random.key(0), params, found)
     theta = jax.tree.map(lambda x: x + jnp.asarray(RNG.normal(0, 0.5, x.shape), x.dtype), part.trainable)
     whole = tree.merge(part.frozen, theta)
-    injected = generator(model, sites.inject(model.apply, method))(whole, PROMPTS)
+    injected = generator(model, injection.inject(model.apply, method))(whole, PROMPTS)
     folded = make(method.fold(whole, found), PROMPTS)
     assert injected == folded != expected()
     assert make(tiny(seed=1)[1], PROMPTS) == expected(seed=1)
     assert make.compiled() == programs
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "adapter"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_what_stands_before_the_tokens_and_around_the_modules(name, before):
+    """With a cache, padding and a common prefix, as without."""
+    model, params = tiny()
+    method = methods.make(name, **({} if name == "adapter" else {"length": 5}))
+    found = sites.find(model.apply, params, jnp.zeros((1, 2), jnp.int32))
+    part = method.init(jax.random.key(0), params, found)
+    theta = jax.tree.map(lambda x: x + jnp.asarray(RNG.normal(0, 0.5, x.shape), x.dtype), part.trainable)
+    whole = tree.merge(part.frozen, theta)
+    apply = injection.inject(model.apply, method)
+    prefix = RNG.integers(1, 31, before).tolist()
+    made = generator(model, apply, front=method.front)(whole, PROMPTS, prefix=prefix)
+    forward = jax.jit(lambda p, x: apply({"params": p}, x))
+    for prompt, new in zip(PROMPTS, made, strict=True):
+        ids = prefix + prompt
+        for token in new:
+            padded = jnp.asarray([ids + [0] * (21 - len(ids))])
+            assert token == int(jnp.argmax(forward(whole, padded)[0, len(ids) - 1]))
+            ids.append(token)
+    assert made != expected()
 
 
 def test_sampling_follows_its_seed_not_its_batch():

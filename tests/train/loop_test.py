@@ -1,11 +1,10 @@
-"""A whole run on a tiny base: what it writes, that it goes on where it stopped, what it refuses."""
+"""A whole run on a tiny base: what it writes, that it goes on where it stopped, what it refuses.
+
+Killed processes stand in kill_test.py.
+"""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -100,52 +99,21 @@ def test_interrupted_run_ends_bit_identical(whole, files, tmp_path, monkeypatch,
         np.testing.assert_array_equal(a[key], b[key])
 
 
-def _start(files, workdir: Path) -> subprocess.Popen:
-    """`peftax train` in a process of its own, on one device."""
-    base, data = files
-    options = {
-        "model.path": base,
-        "data.train": data,
-        "data.valid": data,
-        "data.length": 64,
-        "train.steps": 40,
-        "train.batch_size": 8,
-        "train.eval_every": 5,
-        "train.save_every": 5,
-        "train.tensorboard": False,
-    }
-    command = [sys.executable, "-m", "peftax.cli", "train", "--config=default", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in options.items()]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    return subprocess.Popen(
-        command, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(files, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    assert _start(files, workdir).wait() == 0
-    return workdir
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_process_resumes_bit_identical(files, undisturbed, tmp_path, how):
-    process = _start(files, tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (metrics.exists() and len(_lines_so_far(metrics)) > 12):
-        time.sleep(0.01)
-    process.send_signal(how)
-    assert process.wait() == (-signal.SIGKILL if how == signal.SIGKILL else 0)
-    assert len(_lines_so_far(metrics)) < len(_lines_so_far(undisturbed / "metrics.jsonl"))
-    assert _start(files, tmp_path).wait() == 0
+def test_a_damaged_checkpoint_is_skipped_and_the_one_before_taken(whole, files, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    for file in (workdir / "checkpoints" / "6" / "arrays").glob("ocdbt.process_0/d/*"):
+        file.write_bytes(file.read_bytes()[:100])
+    result = loop.train(tiny_run.config(*files, method__dropout="0.1"), workdir)
+    assert result["step"] == 6
     for name in (f"adapter/{adapters.TENSORS}", "metrics.jsonl"):
-        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (workdir / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+    assert [p.name for p in (workdir / "checkpoints.damaged").iterdir()] == ["6"]
 
 
-def _lines_so_far(file: Path) -> list[str]:
-    return file.read_text().splitlines()
+def test_memory_check_may_be_turned_off_in_a_run_that_goes_on(whole, files):
+    config = tiny_run.config(*files, method__dropout="0.1", train__check_memory="False")
+    assert loop.train(config, whole[0])["step"] == 6
 
 
 def test_refuses_another_config_and_another_base(whole, files, tmp_path):

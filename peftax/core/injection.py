@@ -1,0 +1,162 @@
+"""Making `apply` see a method: the only file that changes what a module computes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftax.core import tree, views
+from peftax.core.method import Ctx, Kernel, Method, parts
+from peftax.core.sites import owner
+
+
+def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None) -> Callable:
+    """`apply` that sees the method's leaves.
+
+    It takes apply's arguments, and `ctx`: a Ctx with a dropout key when training. Call it inside
+    jit: an interceptor entered outside a compiled function is ignored.
+
+    Args:
+      rows: where the rows of a batch lie on a mesh. What goes into and comes out of every site is
+        held there; else XLA may gather the batch where it should gather a weight.
+
+    Raises (when called):
+      ValueError: the tree holds no leaves of the method, a whole forward pass (no `method=`) left
+        some untouched, or two methods meet at one site.
+    """
+    acting = {m.name: m for m in parts(method) if m.call is not None}
+
+    def injected(variables, *args, ctx: Ctx | None = None, **kwargs):
+        params = variables["params"]
+        held = _held(params, acting)
+        if acting and not held:
+            names = ", ".join(acting)
+            raise ValueError(f"inject: the parameters hold no leaves of {names}; merge(frozen, trainable) first")
+        shared = {name: params[name] for name in acting if isinstance(params.get(name), Mapping)}
+        reached: set[str] = set()
+
+        def run(args, kwargs, ctx):
+            with nn.intercept_methods(_interceptor(acting, shared, ctx, rows, reached)):
+                return apply(variables, *args, **kwargs)
+
+        for part in reversed(parts(method)):
+            if part.around is not None:
+                run = functools.partial(part.around, run)
+        out = run(args, kwargs, Ctx() if ctx is None else ctx)
+        missed = held - reached
+        if missed and "method" not in kwargs:
+            raise ValueError(
+                f"inject: the model never reached {sorted(missed)[0]!r} ({len(missed)} of {len(held)} adapters); "
+                f"the nearest that it reached: {tree.nearest(sorted(missed)[0], reached)}"
+            )
+        return out
+
+    return injected
+
+
+def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: Ctx, rows, reached: set[str]):
+    callers: list[nn.Module] = []
+    on_kernels = [m for m in acting.values() if m.on == "kernel"]
+    on_blocks = [m for m in acting.values() if m.on == "block"]
+
+    def enter(module, next_fun, call_args, call_kwargs):
+        callers.append(module)
+        try:
+            return next_fun(*call_args, **call_kwargs)
+        finally:
+            callers.pop()
+
+    def at_kernel(view, module, next_fun, call_args, call_kwargs):
+        holder, path = owner(view, module, callers)
+        found = {m.name: leaves for m in on_kernels if (leaves := _leaves(holder, path, m.name))}
+        if len(found) > 1:
+            raise ValueError(f"inject: {' and '.join(found)} meet at {path!r}; one must go")
+        held = None if view.n_stack else rows  # the first axis may number experts
+        call_args = (_hold(call_args[0], held), *call_args[1:])
+        if not found:
+            return _hold(enter(module, next_fun, call_args, call_kwargs), held)
+        ((name, leaves),) = found.items()
+        reached.add(f"{path}/{name}")
+        y = _product(acting[name], leaves, shared.get(name), view, module, call_args[0], ctx, path)
+        return _hold(y, held)
+
+    def around_block(method, leaves, path, run, *call_args):
+        reached.add(f"{path}/{method.name}")
+        leaves = _with_shared(leaves, shared.get(method.name))
+        return method.call(leaves, run, call_args, ctx, _template(path))
+
+    def intercept(next_fun, call_args, call_kwargs, context):
+        module, path = context.module, "/".join(context.module.path)
+        view = views.view_of(module, context.method_name, call_args, call_kwargs)
+        plain = enter if view is None else functools.partial(at_kernel, view)
+
+        def run(*args):
+            return plain(module, next_fun, args, call_kwargs)
+
+        try:
+            if context.method_name == "__call__":
+                for method in on_blocks:
+                    if leaves := _leaves(module, path, method.name):
+                        run = functools.partial(around_block, method, leaves, path, run)
+            return run(*call_args)
+        except Exception as error:
+            if view is not None:
+                error.add_note(f"at site {path!r}")
+            raise
+
+    return intercept
+
+
+def _held(params, acting: Mapping[str, Method]) -> set[str]:
+    """The places that hold leaves: "<place>/<method>"."""
+    found = set()
+    for path in tree.flatten(params):
+        *place, name, _, leaf = ("", "", "", *path.split("/"))
+        if name in acting and (leaf in acting[name].axes) and any(place):
+            found.add("/".join((*place, name)).lstrip("/"))
+    return found
+
+
+def _leaves(holder: nn.Module, path: str, name: str) -> Mapping[str, Any] | None:
+    held = holder.variables.get("params", {})
+    for part in path.split("/")[len(holder.path) :]:  # the "attend" of a table
+        held = held.get(part, {})
+    leaves = held.get(name)
+    return leaves if isinstance(leaves, Mapping) else None
+
+
+def _with_shared(leaves, shared):
+    return leaves if shared is None else {a: {**shared.get(a, {}), **own} for a, own in leaves.items()}
+
+
+def _hold(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """x with its first axis split as a batch's rows, where they divide it."""
+    if rows is None or x.ndim < 2 or x.shape[0] % rows.num_devices:
+        return x
+    spec = PartitionSpec(*rows.spec, *(None,) * (x.ndim - len(rows.spec)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
+
+
+def _product(part: Method, leaves, shared, view: views.View, module, x: jax.Array, ctx, path: str):
+    params = module.variables["params"]
+    w = view.matrix(params[view.kernel])
+    b = params[view.bias].reshape(*w.shape[:-2], -1) if view.bias else None
+    dtype = view.dtype or (w.dtype if view.kind == "embed" else jnp.result_type(x, w))
+    x = view.rows(x if view.kind == "embed" else x.astype(dtype))
+    kernel = Kernel(w.astype(dtype), None if b is None else b.astype(dtype), view.kind)
+
+    def call(leaves, x, kernel):
+        assert part.call is not None  # inject keeps only methods that act
+        return part.call(_with_shared(leaves, shared), x, kernel, ctx, _template(path))
+
+    return view.back((jax.vmap(call) if view.n_stack else call)(leaves, x, kernel))
+
+
+def _template(path: str) -> str:
+    return "/".join(p for p in path.split("/") if not p.isdigit())

@@ -1,0 +1,389 @@
+"""Functions of one kernel, one block or one leaf, lifted to methods over a whole tree.
+
+Leaves lie at <place>/<method>/<adapter>/<leaf> in `params`, with the place's scanned axes in front; what all places
+share lies at <method>/<adapter>/<leaf>.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftax.core import tree
+from peftax.core.method import Ctx, Kernel, Method, Partition, chain
+from peftax.core.sites import Place, Site
+from peftax.core.targets import Targets
+from peftax.ops.product import linear
+
+Leaves = dict[str, dict[str, jax.Array]]  # {"trainable": {leaf: array}, "frozen": {leaf: array}}
+
+
+def per_kernel(
+    name: str,
+    *,
+    init: Callable[..., Leaves],
+    call: Callable[..., jax.Array],
+    fold: Callable[..., Kernel] | None,
+    axes: Mapping[str, tuple[str, ...]],
+    settings: Callable[[str, str], dict[str, Any] | None],
+    targets: Targets | None = None,
+    shared: Callable[..., Leaves] | None = None,
+    move: Callable[..., Kernel] | None = None,
+    around: Callable[..., Any] | None = None,
+    front: int = 0,
+    draws: bool = False,
+    adapter: str = "default",
+    needs: str = "product",
+    config: Mapping[str, Any] | None = None,
+) -> Method:
+    """Lift functions of one kernel to a method over all sites that `settings` targets.
+
+    Args:
+      name: the method's and its leaf's name.
+      init: (key, Kernel, **settings) -> {"trainable": leaves, "frozen": leaves}.
+      call: (theta, x [..., in], Kernel, ctx) -> y [..., out]; theta holds the site's leaves and the shared ones.
+      fold: (theta, Kernel) -> Kernel; law: call(theta, x, k) == x @ fold(theta, k).w + fold(theta, k).b.
+      axes: leaf -> the names of its axes ("in", "out", "rank" ...): its shape's meaning and its sharding.
+      settings: (Hugging Face module name, kind) -> init's keyword arguments there, or None: not a target.
+      targets: what must match besides, and what an error of no match speaks of.
+      shared: (key, [(in, out) of every targeted kernel]) -> leaves that all sites share.
+      move: (theta at init, Kernel) -> the kernel that the base holds from then on.
+      around, front: as in Method.
+      draws: call draws random numbers from ctx.key, which then differs from layer to layer.
+      adapter: the name under which the leaves lie.
+      needs: what call needs of the base: "product", "norms" or "dense".
+      config: what made this method, kept with its files.
+
+    Returns:
+      A Method. Layers of one stack whose settings differ share leaves of the largest shape, padded with zeros.
+    """
+
+    chosen = _chosen(targets, settings)
+
+    def init_tree(key, params, sites) -> Partition:
+        flat = tree.flatten(params)
+        theta, shapes = _Theta(name, adapter), []
+        for site, wanted in _targeted(sites.values(), chosen):
+            w = site.matrix(flat[site.kernel])
+            b = flat[site.bias].reshape(len(site.layers), -1) if site.bias else None
+            theta.add(site, _init_layers(init, key, site, Kernel(w, b, site.kind), wanted, draws))
+            shapes.append(site.shape)
+        if not shapes:
+            raise ValueError(f"{name}: {_why_none(sites.values(), chosen, targets)}")
+        if shared is not None:
+            theta.add(None, shared(jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF), shapes))
+        frozen, trainable = theta.halves()
+        if move is not None:
+            params = move_tree(tree.merge(params, frozen, trainable), sites)
+        return Partition(tree.merge(params, frozen), trainable)
+
+    def move_tree(params, sites):
+        """The base's leaves alone, moved."""
+        flat = tree.flatten(params)
+        common = _take(flat, None, name, adapter)
+        theta = {path: _take(flat, site, name, adapter) for path, site in sites.items()}
+        moved = {
+            site.kernel: _map_site(move, site, theta[path], common, flat)[0]
+            for path, site in sites.items()
+            if theta[path]
+        }
+        return tree.unflatten({**flat, **moved})
+
+    def fold_tree(params, sites):
+        flat = tree.flatten(params)
+        base = dict(flat)  # every site folds from the tables as they were
+        common = _take(flat, None, name, adapter)
+        folded = 0
+        tables = [s.kernel for s in sites.values()]
+        for site in sites.values():
+            theta = _take(flat, site, name, adapter)
+            if not theta:
+                continue
+            folded += 1
+            if tables.count(site.kernel) > 1:  # untie: the other site keeps the old table
+                head = next(s for s in sites.values() if s.kernel == site.kernel and s.kind == "head")
+                own, table = f"{head.path}/kernel", base[site.kernel]
+                if site is head:
+                    if own in base:
+                        table = head.unmatrix(base[own][None], table.shape)
+                    kernel, _ = _map_site(fold, head, theta, common, {**base, site.kernel: table})
+                    flat[own] = head.matrix(kernel)[0]
+                    continue
+                flat.setdefault(own, head.matrix(table)[0])
+            kernel, bias = _map_site(fold, site, theta, common, base)
+            flat[site.kernel] = kernel
+            if bias is not None and site.bias:
+                flat[site.bias] = bias
+        if not folded:
+            raise ValueError(f"fold: the tree holds no leaves of {name!r} ({adapter!r}) to fold")
+        return tree.unflatten(flat)
+
+    def call_site(leaves, x, k, ctx, where):
+        theta, ctx = _enter(leaves, name, adapter, ctx, where)
+        y = call(_cast(theta, k.w.dtype), x, k, ctx)
+        return jnp.where(theta["on"], y, linear(x, k.w, k.b)) if "on" in theta else y
+
+    return Method(
+        name=name,
+        init=init_tree,
+        call=call_site,
+        fold=None if fold is None else fold_tree,
+        move=None if move is None else move_tree,
+        around=around,
+        front=front,
+        axes=axes,
+        settings=chosen,
+        needs=needs,
+        config=config or {},
+    )
+
+
+def per_block(
+    name: str,
+    *,
+    init: Callable[..., Leaves],
+    call: Callable[..., Any],
+    axes: Mapping[str, tuple[str, ...]],
+    settings: Callable[[str, str], dict[str, Any] | None],
+    targets: Targets | None = None,
+    around: Callable[..., Any] | None = None,
+    adapter: str = "default",
+    config: Mapping[str, Any] | None = None,
+) -> Method:
+    """Lift functions around one module's call to a method over all modules that `settings` targets.
+
+    Args:
+      init: (key, Block, **settings) -> {"trainable": leaves, "frozen": leaves}.
+      call: (theta, run, args, ctx) -> what the module returns, changed; run(*args) may be called once.
+      The others: as in per_kernel. What stands around a module has no form as weights: it does not fold.
+    """
+
+    chosen = _chosen(targets, settings)
+
+    def init_tree(key, params, sites) -> Partition:
+        theta = _Theta(name, adapter)
+        for block, wanted in _targeted(sites.blocks.values(), chosen):
+            if any(w is None for w in wanted):
+                some = block.names[[w is not None for w in wanted].index(True)]
+                raise ValueError(
+                    f"{name}: {block.path!r} stands for all layers and only some ({some}) are targets; build the "
+                    "model with scan=False"
+                )
+            theta.add(block, _init_layers(init, key, block, block, wanted, False))
+        frozen, trainable = theta.halves()
+        if not trainable:
+            raise ValueError(f"{name}: {_why_none(sites.blocks.values(), chosen, targets)}")
+        return Partition(tree.merge(params, frozen), trainable)
+
+    def call_block(leaves, run, args, ctx, where):
+        theta, ctx = _enter(leaves, name, adapter, ctx, where)
+        first = next(a for a in args if isinstance(a, jax.Array))
+        return call(_cast(theta, first.dtype), run, args, ctx)
+
+    return Method(
+        name=name,
+        init=init_tree,
+        call=call_block,
+        on="block",
+        fold=None,
+        around=around,
+        axes=axes,
+        settings=chosen,
+        config=config or {},
+    )
+
+
+def select(
+    name: str,
+    chosen: Callable[[str], bool],
+    *,
+    config: Mapping[str, Any] | None = None,
+    required: bool = True,
+    modules: Sequence[str] = (),
+) -> Method:
+    """A method that trains leaves of the base as they are.
+
+    Args:
+      chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias"; the last part is
+        the tree's own) -> train it?
+      required: raise when nothing is chosen.
+      modules: raise when one of these suffixes is no module that holds a leaf.
+    """
+
+    def init(key, params, sites) -> Partition:
+        del key
+        holders = {n.rpartition(".")[0] for path in tree.flatten(params) for n in sites.names(path)}
+        for m in modules:
+            if not any(holder == m or holder.endswith(f".{m}") for holder in holders):
+                near = tree.nearest(m, holders)
+                raise ValueError(f"{name}: module {m!r} is not in the model; the nearest: {near}")
+
+        def take(path: str) -> bool:
+            votes = [chosen(n) for n in sites.names(path)]
+            if any(votes) and not all(votes):
+                raise ValueError(
+                    f"{name}: {path!r} holds all layers in one array and only {sum(votes)} of {len(votes)} are "
+                    "chosen; build the model with scan=False"
+                )
+            return votes[0]
+
+        frozen, trainable = tree.split(params, take)
+        if required and not trainable:
+            leaves = sorted({p.rsplit("/", 1)[-1] for p in tree.flatten(params)})
+            raise ValueError(f"{name}: nothing is chosen; the leaves are named {', '.join(leaves)}")
+        return Partition(frozen, trainable)
+
+    return Method(name=name, init=init, fold=lambda params, sites: dict(params), chosen=chosen, config=config or {})
+
+
+def with_base(adapted: Method, targets: Targets, *, bias: str = "none", config: Mapping[str, Any]) -> Method:
+    """`adapted`, and with it the leaves of the base that train whole: targets.whole, and biases.
+
+    bias: "none" | "all" | "<name>_only", those of the targeted modules.
+    """
+    kinds = ("none", "all", f"{adapted.name}_only")
+    if bias not in kinds:
+        raise ValueError(f"{adapted.name}: bias {bias!r} is none of {', '.join(map(repr, kinds))}")
+
+    def chosen(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if targets.trains_whole(module):
+            return True
+        return leaf == "bias" and (bias == "all" or (bias != "none" and targets.match(module, "linear")))
+
+    trained = select("modules_to_save", chosen, required=False, modules=targets.whole)
+    return chain(adapted, trained, name=adapted.name, config=config)
+
+
+# --- one place ------------------------------------------------------------------------------------
+
+
+class _Theta:
+    """Leaves as they gather, place by place."""
+
+    def __init__(self, name: str, adapter: str):
+        self.under, self.found = f"{name}/{adapter}", {"frozen": {}, "trainable": {}}
+
+    def add(self, place: Place | None, leaves: Leaves) -> None:
+        at, stack = (self.under, ()) if place is None else (f"{place.path}/{self.under}", place.stack)
+        for half, values in leaves.items():
+            for leaf, value in values.items():
+                own = value.shape if place is None else value.shape[1:]
+                self.found[half][f"{at}/{leaf}"] = value.reshape(*stack, *own)
+
+    def halves(self) -> tuple[dict, dict]:
+        return tree.unflatten(self.found["frozen"]), tree.unflatten(self.found["trainable"])
+
+
+def _targeted(places, settings) -> Iterator[tuple[Any, list[dict | None]]]:
+    for place in places:
+        wanted = [settings(n, place.kind) for n in place.names]
+        if any(w is not None for w in wanted):
+            yield place, wanted
+
+
+def _init_layers(init, key, place: Place, what: Any, wanted: list[dict | None], draws: bool) -> Leaves:
+    """Every layer's leaves in one stack; `what` is a Kernel of stacks or a Block."""
+    keys = jnp.stack([_layer_key(key, place, layer) for layer in place.layers])
+    sliced = what if isinstance(what, Kernel) else None
+
+    def one(key, kernel, settings):
+        return init(key, what if kernel is None else kernel, **settings)
+
+    known = next(s for s in wanted if s is not None)
+    settings = [known if s is None else s for s in wanted]  # a layer that is no target holds a start, unused
+    if len(settings) > 1 and all(s == known for s in settings):  # layer by layer: a start may need much memory
+        theta = jax.lax.map(lambda layer: one(layer[0], layer[1], known), (keys, sliced))
+    else:
+        layers = [one(keys[i], jax.tree.map(lambda x, i=i: x[i], sliced), s) for i, s in enumerate(settings)]
+        theta = _stack_padded(layers)
+    more = {}
+    if draws:
+        more["id"] = jnp.asarray(place.layers, jnp.int32)
+    if any(s is None for s in wanted):  # these layers of the stack are not touched
+        more["on"] = jnp.asarray([s is not None for s in wanted])
+    return {**theta, "frozen": {**theta.get("frozen", {}), **more}}
+
+
+def _layer_key(key, place: Place, layer: int):
+    template = zlib.crc32(place.template.encode()) & 0x7FFFFFFF
+    return jax.random.fold_in(jax.random.fold_in(key, template), layer)
+
+
+def _stack_padded(layers: list[Any]) -> Any:
+    """Trees of unlike shapes -> one stack; missing rows are zeros."""
+
+    def stacked(*leaves):
+        shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True))
+        grown = [jnp.zeros(shape, x.dtype).at[tuple(slice(n) for n in x.shape)].set(x) for x in leaves]
+        return jnp.stack(grown)
+
+    return jax.tree.map(stacked, *layers)
+
+
+def _map_site(function, site: Site, theta, common, flat):
+    """(kernel, bias) of function(theta, Kernel), layer by layer, in f32 and then the kernel's own dtype."""
+    kernel = flat[site.kernel]
+    n = len(site.layers)
+    theta = {leaf: x.reshape(n, *x.shape[len(site.stack) :]) for leaf, x in theta.items()}
+    b = flat[site.bias] if site.bias else None
+
+    def one(layer):
+        theta, w, b = layer
+        old = Kernel(w.astype(jnp.float32), b, site.kind)
+        new = function({**common, **theta}, old)
+        return jax.tree.map(lambda new, old: jnp.where(theta["on"], new, old), new, old) if "on" in theta else new
+
+    folded = jax.lax.map(one, (theta, site.matrix(kernel), None if b is None else b.reshape(n, -1)))
+    w = site.unmatrix(folded.w, kernel.shape).astype(kernel.dtype)
+    return w, None if b is None else folded.b.reshape(b.shape).astype(b.dtype)
+
+
+def _take(flat: dict[str, Any], place: Place | None, name: str, adapter: str) -> dict[str, jax.Array]:
+    """The leaves of one place (None: of all), out of `flat`."""
+    at = f"{name}/{adapter}/" if place is None else f"{place.path}/{name}/{adapter}/"
+    return {p.removeprefix(at): flat.pop(p) for p in list(flat) if p.startswith(at)}
+
+
+def _enter(leaves: Leaves, name: str, adapter: str, ctx: Ctx, where: str) -> tuple[dict[str, jax.Array], Ctx]:
+    """The leaves of one adapter, and a ctx whose key is this layer's own."""
+    theta = leaves.get(adapter)
+    if theta is None:
+        held = ", ".join(sorted(leaves))
+        raise ValueError(f"{name}: no adapter {adapter!r} at {where!r}; it holds {held}")
+    if ctx.key is not None and "id" in theta:
+        key = jax.random.fold_in(ctx.key, theta["id"])
+        key = jax.random.fold_in(key, zlib.crc32(where.encode()) & 0x7FFFFFFF)
+        ctx = dataclasses.replace(ctx, key=key)
+    return theta, ctx
+
+
+def _cast(theta, dtype):
+    return {k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in theta.items()}
+
+
+def _chosen(targets: Targets | None, settings: Callable[[str, str], dict | None]):
+    """(name, kind) -> init's keyword arguments there, or None: not a target."""
+    if targets is None:
+        return settings
+    return lambda name, kind: settings(name, kind) if targets.match(name, kind) else None
+
+
+def _why_none(places: Iterable[Place], chosen, targets: Targets | None) -> str:
+    """That nothing matches, and what is nearest."""
+    places = list(places)
+    names = sorted({n for p in places for n in (p.template.replace("/", "."), *p.names)})
+    wanted = [] if targets is None else [targets.modules] if isinstance(targets.modules, str) else targets.modules
+    known = sorted({*names, *(n.rpartition(".")[2] for n in names)})
+    near = "; ".join(f"nearest to {w!r}: {tree.nearest(w, known)}" for w in wanted if w != "all-linear")
+    matches = targets.match if targets is not None else lambda name, kind: chosen(name, kind) is not None
+    for place in places:  # a name that would be a target if its place were of another kind
+        for name in place.names:
+            if kinds := [k for k in ("linear", "conv", "embed", "head") if matches(name, k)]:
+                near = f"{name} is of kind {place.kind!r} and would have to be {' or '.join(map(repr, kinds))}"
+    return f"targets match no module; {near or 'the model has ' + ', '.join(names[:8])}"

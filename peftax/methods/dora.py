@@ -1,0 +1,145 @@
+"""DoRA: the length of every kernel column trains apart from its direction, which LoRA changes (Liu et al., 2024).
+
+  y  = (x W + s (x A) B) ⊙ g + b       g = m / ‖W + s A B‖,  the norm of each column, no gradient through it
+  W' = (W + s A B) diag(g)
+
+  a, b, scale : as in lora
+  m           : [out]  trainable f32, ‖W‖
+  w2          : [out]  frozen f32, ‖W‖²
+
+Identity at init. Trainable per site: rank (in + out) + out.
+Source: https://arxiv.org/abs/2402.09353, eq. 5, and section 4.3 for the gradient.
+The norm needs no dense W + s A B: ‖W‖² + 2 s Σ_r B ⊙ (Aᵀ W) + s² Σ_r B ⊙ (Aᵀ A) B, rank more rows of the product.
+Departs: under dropout the kernel's own product keeps its input whole; Hugging Face PEFT scales a second product of
+the dropped input, which costs a whole product more and has the same mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftax.core import hf, lift
+from peftax.core.method import Ctx, Kernel, Method
+from peftax.core.targets import Patterns, Targets, by_pattern
+from peftax.methods import inits
+from peftax.ops.product import last, matmul, narrow
+
+AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "m": ("out",), "w2": ("out",), "scale": ()}
+
+
+def dora(
+    *,
+    rank: int = 8,  # r
+    alpha: float = 16.0,  # numerator of the scale
+    rank_stabilized: bool = False,  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dropout: float = 0.0,  # probability, on the input of A
+    targets: str | Sequence[str] = "all-linear",  # regex over whole names | names and suffixes | "all-linear"
+    exclude: str | Sequence[str] | None = None,  # the same forms; wins
+    layers: int | Sequence[int] | None = None,  # layer numbers; None takes all
+    rank_pattern: Patterns = None,  # {regex on the end of the name: rank there}, or pairs
+    alpha_pattern: Patterns = None,  # the same for alpha
+    bias: str = "none",  # "none" | "all" | "dora_only": which of the base's biases train
+    modules_to_save: Sequence[str] = (),  # suffixes of modules that train whole
+    adapter: str = "default",  # the name its leaves lie under
+) -> Method:
+    """Weight-decomposed low-rank adaptation of every target."""
+    config = dict(locals())
+    if rank < 1:
+        raise ValueError(f"dora: rank {rank} must be at least 1")
+    whole = tuple(modules_to_save or ())
+    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv"))
+
+    def settings(name: str, kind: str) -> dict[str, Any]:
+        r = by_pattern(rank_pattern, name, rank)
+        alpha_here = by_pattern(alpha_pattern, name, alpha)
+        return {"rank": r, "scale": alpha_here / (math.sqrt(r) if rank_stabilized else r)}
+
+    def init(key, k: Kernel, *, rank: int, scale: float):
+        a, b = inits.module("kaiming").kaiming(key, k.w, rank, scale)
+        w2 = jnp.sum(jnp.square(k.w.astype(jnp.float32)), axis=0)
+        return {
+            "trainable": {"a": a, "b": b, "m": jnp.sqrt(w2)},
+            "frozen": {"scale": jnp.float32(scale), "w2": w2},
+        }
+
+    def gain(theta, k: Kernel):
+        m = theta["m"].astype(jnp.float32)
+        a, b, s, w2 = (jax.lax.stop_gradient(theta[n].astype(jnp.float32)) for n in ("a", "b", "scale", "w2"))
+        across = matmul(a.T.astype(k.w.dtype), k.w).astype(jnp.float32)
+        norm2 = w2 + jnp.sum(b * (2 * s * across + s * s * ((a.T @ a) @ b)), axis=0)
+        return m / jnp.sqrt(norm2)
+
+    def call(theta, x, k: Kernel, ctx: Ctx):
+        low = narrow(ctx.drop(x, dropout), theta["a"])
+        y = matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"]
+        y = y * last(gain(theta, k).astype(y.dtype), y)
+        return y if k.b is None else y + last(k.b, y)
+
+    def fold(theta, k: Kernel) -> Kernel:
+        w = k.w + theta["scale"] * (theta["a"] @ theta["b"])
+        return k.replace(w=w * last(gain(theta, k), w))
+
+    adapted = lift.per_kernel(
+        "dora",
+        init=init,
+        call=call,
+        fold=fold,
+        axes=AXES,
+        settings=settings,
+        targets=target,
+        draws=dropout > 0,
+        adapter=adapter,
+        needs="norms",
+    )
+    return lift.with_base(adapted, target, bias=bias, config=config)
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    other = {k: v for k, v in config.items() if k.startswith("use_") and k not in ("use_dora", "use_rslora")}
+    fields = (*other, "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "layer_replication")
+    hf.refuse(config, dict.fromkeys(fields, "besides use_dora"), "plain dora")
+    if config.get("init_lora_weights", True) in ("pissa", "olora", "corda", "loftq", "lora_ga"):
+        raise hf.Unsupported(
+            f"LORA with use_dora and init_lora_weights={config['init_lora_weights']!r} stands on a moved base; the "
+            "nearest is plain dora"
+        )
+    bias = config.get("bias", "none")
+    return {
+        **hf.read_targets(config),
+        "rank": config.get("r", 8),
+        "alpha": config.get("lora_alpha", 8),
+        "rank_stabilized": config.get("use_rslora", False),
+        "dropout": config.get("lora_dropout", 0.0),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "bias": "dora_only" if bias == "lora_only" else bias,
+    }
+
+
+def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **hf.write_targets(config),
+        "r": config["rank"],
+        "lora_alpha": config["alpha"],
+        "use_rslora": config["rank_stabilized"],
+        "use_dora": True,
+        "lora_dropout": config["dropout"],
+        "rank_pattern": dict(config["rank_pattern"] or {}),
+        "alpha_pattern": dict(config["alpha_pattern"] or {}),
+        "bias": "lora_only" if config["bias"] == "dora_only" else config["bias"],
+        "init_lora_weights": True,
+    }
+
+
+HF = hf.Format(
+    peft_type="LORA",
+    matches=lambda config: bool(config.get("use_dora")),
+    keys={"linear": {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}},
+    read=_read,
+    write=_write,
+)

@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peftax.core.method import Ctx, Kernel
+from peftax.methods.dora import dora
+from tests.methods import hand, tiny
+
+
+def test_by_hand():
+    """W + A B = [[3, 4, 3], [4, 3, 0]] has columns of length 5, 5, 3; m = [5, 10, 6] gives g = [1, 2, 2]."""
+    leaves = {
+        "a": jnp.array([[1.0, 0.0], [0.0, 1.0]]),
+        "b": jnp.array([[2.0, 4.0, 2.0], [2.0, 1.0, 0.0]]),
+        "m": jnp.array([5.0, 10.0, 6.0]),
+    }
+    y, kernel, bias = hand.outcome(dora(rank=2, alpha=2.0, targets=["layers_0"]), leaves)
+    np.testing.assert_allclose(y, [[11 + 1, 20 + 1, 6 + 1]], rtol=1e-6)  # [1, 2] [[3, 8, 6], [4, 6, 0]] + b
+    np.testing.assert_allclose(kernel, [[3.0, 8.0, 6.0], [4.0, 6.0, 0.0]], rtol=1e-6)
+    assert bias == [1.0, 1.0, 1.0]
+
+
+def test_no_gradient_through_the_norm():
+    """With g held, d y / d A is LoRA's times g; through the norm it would be another."""
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 4), (3, 5)))
+    theta = {"a": (5, 2), "b": (2, 4), "m": (4,)}
+    theta = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in theta.items()}
+    theta |= {"scale": jnp.float32(0.5), "w2": jnp.sum(w**2, 0)}
+    call = _call(dora(rank=2, targets=["any"]))
+
+    def total(a):
+        return jnp.sum(call({**theta, "a": a}, x, Kernel(w), Ctx()))
+
+    g = theta["m"] / jnp.linalg.norm(w + 0.5 * theta["a"] @ theta["b"], axis=0)
+    expected = 0.5 * x.sum(0)[:, None] * (theta["b"] @ g)[None]
+    np.testing.assert_allclose(jax.grad(total)(theta["a"]), expected, rtol=1e-5)
+
+
+def _call(method):
+    def call(theta, x, k, ctx):
+        return method.parts[0].call({"default": theta}, x, k, ctx, "")
+
+    return call
+
+
+def test_norm_makes_no_dense_update():
+    """Neither W + s A B nor A B is formed: every array of the kernel's size is the kernel itself."""
+    call = _call(dora(rank=2, targets=["any"]))
+    shapes = {"a": (50, 2), "b": (2, 40), "m": (40,), "w2": (40,), "scale": ()}
+    theta = {k: jnp.zeros(s) for k, s in shapes.items()}
+
+    def step(theta, x, w):
+        return jax.grad(lambda t: jnp.sum(call(t, x, Kernel(w), Ctx()) ** 2))(theta)
+
+    program = jax.jit(step).lower(theta, jnp.zeros((7, 50)), jnp.zeros((50, 40))).compile().as_text()
+    made = [line for line in program.splitlines() if "= f32[50,40]" in line and "parameter(" not in line]
+    assert not made, made
+
+
+def test_needs_norms():
+    assert dora().needs == "norms"
+    with pytest.raises(ValueError, match="dora_only"):
+        dora(bias="lora_only")
+    assert tiny.found()
