@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def chunked_nll(
 
     h, y, counted = split(h_BxTxD), split(targets_BxT), split(weights_BxT > 0)
     head, closed_over = jax.closure_convert(head, h[0])
-    nll = _nll(head, h, y, counted, *closed_over)
+    nll = cast(jax.Array, _nll(head, h, y, counted, *closed_over))
     return jnp.moveaxis(nll, 0, 1).reshape(b, n * chunk)[:, :t]
 
 

@@ -65,14 +65,28 @@ def _narrow_forward(x, w):
 
 def _narrow_backward(saved, dy):
     x, w = saved
-    lead = tuple(range(x.ndim - 1))
-    over_rows = ((lead, lead), ((), ()))
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
-    if w.shape[0] <= w.shape[1]:
-        dw = jax.lax.optimization_barrier(jax.lax.dot_general(x, dy, over_rows))
-    else:  # the barrier keeps XLA from folding the transpose back into the product
-        dw = jax.lax.optimization_barrier(jax.lax.dot_general(dy, x, over_rows)).T
-    return dx, dw
+    return dx, _gradient_of_w(x, dy)
+
+
+def _over_rows(x, dy):
+    lead = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
+
+
+@jax.custom_batching.custom_vmap
+def _gradient_of_w(x, dy):
+    if x.shape[-1] <= dy.shape[-1]:
+        return jax.lax.optimization_barrier(_over_rows(x, dy))
+    # the barrier keeps XLA from folding the transpose back into the product
+    return jax.lax.optimization_barrier(_over_rows(dy, x)).T
+
+
+@_gradient_of_w.def_vmap
+def _gradient_of_ws(size, mapped, x, dy):
+    """Many at once (experts): the plain product; on a batched transpose behind a barrier XLA for CPU aborts."""
+    axes = tuple(0 if m else None for m in mapped)
+    return jax.vmap(_over_rows, axes)(x, dy), True
 
 
 narrow.defvjp(_narrow_forward, _narrow_backward)

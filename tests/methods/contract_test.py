@@ -125,7 +125,7 @@ class Case:
 
     @functools.cache  # noqa: B019
     def adam(self, devices):
-        optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(3e-3))
+        optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(1e-3))
         return self.train(optimizer, MESHES[devices]())
 
 
