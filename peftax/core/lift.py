@@ -377,13 +377,14 @@ def _chosen(targets: Targets | None, settings: Callable[[str, str], dict | None]
 def _why_none(places: Iterable[Place], chosen, targets: Targets | None) -> str:
     """That nothing matches, and what is nearest."""
     places = list(places)
-    names = sorted({n for p in places for n in (p.template.replace("/", "."), *p.names)})
-    wanted = [] if targets is None else [targets.modules] if isinstance(targets.modules, str) else targets.modules
-    known = sorted({*names, *(n.rpartition(".")[2] for n in names)})
-    near = "; ".join(f"nearest to {w!r}: {tree.nearest(w, known)}" for w in wanted if w != "all-linear")
     matches = targets.match if targets is not None else lambda name, kind: chosen(name, kind) is not None
     for place in places:  # a name that would be a target if its place were of another kind
         for name in place.names:
             if kinds := [k for k in ("linear", "conv", "embed", "head") if matches(name, k)]:
-                near = f"{name} is of kind {place.kind!r} and would have to be {' or '.join(map(repr, kinds))}"
+                wanted = " or ".join(map(repr, kinds))
+                return f"targets match no module; {name} is of kind {place.kind!r} and would have to be {wanted}"
+    names = sorted({n for p in places for n in (p.template.replace("/", "."), *p.names)})
+    known = sorted({*names, *(n.rpartition(".")[2] for n in names)})
+    wanted = [] if targets is None else [targets.modules] if isinstance(targets.modules, str) else targets.modules
+    near = "; ".join(f"nearest to {w!r}: {tree.nearest(w, known)}" for w in wanted if w != "all-linear")
     return f"targets match no module; {near or 'the model has ' + ', '.join(names[:8])}"

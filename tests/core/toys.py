@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftax.core import injection, sites
-from peftax.ops.product import narrow
 
 
 class Mlp(nn.Module):
@@ -232,13 +231,6 @@ def perturb(trainable, seed=1):
         return x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype)
 
     return jax.tree.map(noisy, trainable)
-
-
-@functools.cache
-def narrow_aborts():
-    """XLA for CPU aborts on a batched transpose behind a barrier: has narrow's gradient one under vmap?"""
-    each = jax.vmap(jax.grad(lambda w, x: narrow(x, w).sum()))
-    return "optimization_barrier" in str(jax.make_jaxpr(each)(jnp.ones((2, 3, 2)), jnp.ones((2, 4, 3))))
 
 
 def close(a, b, tolerance):

@@ -69,12 +69,12 @@ def unstack(scanned):
     return tree.unflatten(flat)
 
 
-def perturb(trainable, seed=1):
-    """Noise of the leaf's own size (0.6 where it is zero): away from the identity, unlike in every layer."""
+def perturb(trainable, seed=1, zero=0.3):
+    """Noise of the leaf's own size (`zero` where it is zero): away from the identity, unlike in every layer."""
     rng = np.random.default_rng(seed)
 
     def noisy(x):
-        size = float(np.sqrt(np.mean(np.square(x)))) or 0.6
+        size = float(np.sqrt(np.mean(np.square(x)))) or zero
         return x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype)
 
     return jax.tree.map(noisy, trainable)
