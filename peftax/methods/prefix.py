@@ -25,10 +25,10 @@ from peftax.core import hf, lift
 from peftax.core.method import Ctx, Method
 from peftax.core.sites import Block
 from peftax.core.targets import layer_number
+from peftax.ops.attention import EVERYWHERE
 
 AXES = {"k": ("length", "heads"), "v": ("length", "heads")}
 ATTENTION = "core_attn"  # the module that attends, after rope: (q [B,T,N,H], k and v [B,K,S,H], where, ...)
-EVERYWHERE = -1  # the segment that all others see
 
 
 def prefix(

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from peftax.core import hf, lift
 from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.sites import first_output
+from peftax.ops.attention import EVERYWHERE
 from peftax.ops.product import matmul
 
 AXES = {"p": ("length", "out")}
-EVERYWHERE = -1  # the segment that all others see
 
 
 def prompt(

@@ -7,11 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+EVERYWHERE = -1  # a segment that all others see
+
 
 @dataclasses.dataclass(frozen=True)
 class Where:
     """Positions and segments of queries and keys, int32 [B, T] and [B, S]; a pytree. Segment 0 is padding, a
-    negative one is seen by every segment.
+    negative one (EVERYWHERE) is seen by every segment.
     """
 
     q_positions: jax.Array

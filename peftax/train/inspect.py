@@ -88,14 +88,10 @@ def show_sites(run: setup.Run, console: Console) -> None:
     table.add_column("chosen", justify="right")
     trained = _trained(run)
     sites = run.base.sites
-    blocks = [b for b in getattr(sites, "blocks", {}).values() if b.path in trained and b.path not in sites]
+    blocks = [b for b in sites.blocks.values() if b.path in trained and b.path not in sites]
     groups: dict[tuple[str, str, str], list[int]] = {}
     for place in (*sites.values(), *blocks):
-        key = (
-            "/".join(p for p in place.path.split("/") if not p.isdigit()),
-            place.kind,
-            "x".join(map(str, place.shape)),
-        )
+        key = (place.template, place.kind, "x".join(map(str, place.shape)))
         chosen = groups.setdefault(key, [0, 0])
         chosen[0] += len(trained.get(place.path, ()))
         chosen[1] += len(place.names)

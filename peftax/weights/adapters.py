@@ -61,7 +61,9 @@ def load(
     frozen, trainable = (tree.flatten(half) for half in part)
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
-    for piece in {theta_of(path, method, sites)[1].name: theta_of(path, method, sites)[1] for path in theta}.values():
+    for piece in parts(method):
+        if piece.call is None:
+            continue
         slots = list(_slots(theta, piece, method, sites))
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
         for slot, value in _unpack(tensors, wanted, piece, folder):
