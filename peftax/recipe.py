@@ -55,7 +55,8 @@ def parse(text: str, old: Any, key: str) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        words = {} if isinstance(old, str) else {"true": True, "false": False, "none": None}  # "none" may be a choice
+        value = words.get(text.lower(), text)
     if isinstance(old, str) and isinstance(value, bool | int | float):
         return text
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):

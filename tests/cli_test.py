@@ -103,7 +103,7 @@ def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
         (["--config.train.batch_size=4000"], "do not fill one batch"),
         (["--config.mesh.data=3"], "is not the number of devices"),
         (["--config.optimizer.schedule=cosin"], "none of cosine, linear, constant"),
-        (["--config.model.remat=some"], "none of none, full, dots"),
+        (["--config.model.remat=some"], "none of none, dots, full"),
     ],
 )
 def test_wrong_input_is_one_clear_line(files, tmp_path, capsys, args, says):

@@ -36,6 +36,7 @@ def test_overrides_apply_left_to_right():
         ("method.rank_pattern", "{'layers.1.*v_proj': 2}", (("layers.1.*v_proj", 2),)),
         ("train.tensorboard", "false", False),
         ("model.path", "8", "8"),
+        ("model.remat", "none", "none"),
     ],
 )
 def test_values(key, text, value):

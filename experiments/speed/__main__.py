@@ -34,7 +34,8 @@ def contenders(dtype: str) -> dict[str, list[str]]:
     hf = "experiments.speed.hf_peft_side"
     found = {
         OURS: ["experiments.speed.peftax_side"],
-        "peftax, unrolled": ["experiments.speed.peftax_side", "--scan=0"],
+        "peftax, no remat": ["experiments.speed.peftax_side", "--remat=none"],
+        "peftax, unrolled": ["experiments.speed.peftax_side", "--scan=0", "--remat=none"],
         "HF PEFT, eager": [hf, "--kind=eager"],
         "HF PEFT, SDPA": [hf, "--kind=sdpa"],
         "HF PEFT, compile": [hf, "--kind=compile"],

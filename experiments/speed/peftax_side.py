@@ -65,7 +65,7 @@ def load(args, told):
 
 
 def main() -> None:
-    args = side.arguments(scan=1, remat="none", chunk=128)
+    args = side.arguments(scan=1, remat="dots", chunk=128)
     read_tokenizer(args)
     side.serve(args, load)
 

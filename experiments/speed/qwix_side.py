@@ -38,7 +38,7 @@ def _place(path: str) -> str:
 
 
 def main() -> None:
-    args = side.arguments(scan=1, remat="none", chunk=128)
+    args = side.arguments(scan=1, remat="dots", chunk=128)
     read_tokenizer(args)
     side.serve(args, load)
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from peftax.ops.attention import Where, attention, visible
 
@@ -27,8 +28,8 @@ ACTIVATIONS = {
 }
 REMAT = {
     "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),  # by name: never a method's ΔW
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 NO_WINDOW = np.iinfo(np.int32).max
 DEFAULTS = {  # what a config.json leaves out is what transformers' class of that type says
@@ -89,7 +90,8 @@ def from_hf(
     Args:
       config: the parsed file.
       scan: one traced layer over stacked weights, or every layer by itself.
-      remat: "none" | "full" | "dots": what the backward pass recomputes.
+      remat: "none" | "dots" | "full": what the backward pass makes again: nothing, all but the outputs of linear
+        layers and of attention, or everything in a layer.
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
     """
@@ -192,6 +194,11 @@ def linear(c: Config, features: int, bias: bool, name: str | None = None) -> nn.
     return nn.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
 
 
+def product(c: Config, features: int, bias: bool, name: str, x: jax.Array) -> jax.Array:
+    """A linear layer's output, named so that remat "dots" can keep it."""
+    return checkpoint_name(linear(c, features, bias, name)(x), "product")
+
+
 def norm(c: Config, name: str | None = None) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
 
@@ -211,9 +218,10 @@ class CoreAttention(nn.Module):
     """
 
     windowed: bool
+    in_order: bool = False  # no query sees a key behind its own
 
     def __call__(self, q, k, v, where: Where, window):
-        return attention(q, k, v, visible(where, window if self.windowed else None))
+        return attention(q, k, v, visible(where, window if self.windowed else None), in_order=self.in_order)
 
 
 class Attention(nn.Module):
@@ -223,9 +231,9 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD, where: Where, rope: Rope, layer, cache):
         c = self.config
         b, t, _ = x_BxTxD.shape
-        q = linear(c, c.heads * c.head_size, c.attention_bias, "q_proj")(x_BxTxD)
-        k = linear(c, c.kv_heads * c.head_size, c.attention_bias, "k_proj")(x_BxTxD)
-        v = linear(c, c.kv_heads * c.head_size, c.attention_bias, "v_proj")(x_BxTxD)
+        q = product(c, c.heads * c.head_size, c.attention_bias, "q_proj", x_BxTxD)
+        k = product(c, c.kv_heads * c.head_size, c.attention_bias, "k_proj", x_BxTxD)
+        v = product(c, c.kv_heads * c.head_size, c.attention_bias, "v_proj", x_BxTxD)
         q = q.reshape(b, t, c.heads, c.head_size)
         k = k.reshape(b, t, c.kv_heads, c.head_size)
         v = v.reshape(b, t, c.kv_heads, c.head_size)
@@ -245,9 +253,9 @@ class Attention(nn.Module):
             )
             k, v = (jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache)
         windowed = any(w != NO_WINDOW for w in c.windows)
-        y = CoreAttention(windowed, name="core_attn")(q, k, v, where, layer["window"])
+        y = CoreAttention(windowed, in_order=cache is None, name="core_attn")(q, k, v, where, layer["window"])
         y = y.reshape(b, t, c.heads * c.head_size)
-        return linear(c, c.hidden, c.output_bias, "o_proj")(y), cache
+        return product(c, c.hidden, c.output_bias, "o_proj", y), cache
 
 
 class Mlp(nn.Module):
@@ -256,9 +264,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD):
         c = self.config
-        gate = linear(c, c.feed_forward, c.mlp_bias, "gate_proj")(x_BxTxD)
-        up = linear(c, c.feed_forward, c.mlp_bias, "up_proj")(x_BxTxD)
-        return linear(c, c.hidden, c.mlp_bias, "down_proj")(ACTIVATIONS[c.activation](gate) * up)
+        gate = product(c, c.feed_forward, c.mlp_bias, "gate_proj", x_BxTxD)
+        up = product(c, c.feed_forward, c.mlp_bias, "up_proj", x_BxTxD)
+        return product(c, c.hidden, c.mlp_bias, "down_proj", ACTIVATIONS[c.activation](gate) * up)
 
 
 class Layer(nn.Module):

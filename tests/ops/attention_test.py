@@ -39,6 +39,30 @@ def test_equals_jax(heads, kv):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
+@pytest.mark.parametrize(("t", "s", "block"), [(5, 5, 2), (6, 9, 4), (20, 20, 1), (3, 3, 64)])
+def test_blocks_equal_the_whole(t, s, block):
+    """Queries in blocks of any size, keys of a prefix in front, more blocks than eight."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    q, k, v = (jax.random.normal(keys[0], (2, t, 4, 8)), *(jax.random.normal(key, (2, 2, s, 8)) for key in keys[1:3]))
+    mask = jax.random.bernoulli(keys[3], 0.6, (2, t, s)).at[:, :, 0].set(True)
+    causal = np.tril(np.ones((1, t, s), bool), s - t)
+
+    def through(mask, **how):
+        return jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(attention(*a, mask, **how))), (0, 1, 2))(q, k, v)
+
+    ours, whole = through(mask, in_order=True, block=block), through(mask & causal)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, whole)
+
+
+def test_nothing_square_is_kept():
+    """Of 256 queries and keys the backward pass keeps q, k, v, y and two numbers a query."""
+    q = jnp.ones((1, 256, 2, 4))
+    k = jnp.ones((1, 2, 256, 4))
+    mask = jnp.ones((1, 256, 256), bool)
+    _, back = jax.vjp(lambda q, k: attention(q, k, k, mask, in_order=True), q, k)
+    assert max(x.size for x in jax.tree.leaves(back) if x.dtype != bool) == q.size
+
+
 def test_a_row_that_sees_nothing_is_finite():
     q, k = jnp.ones((1, 2, 1, 4), jnp.bfloat16), jnp.ones((1, 1, 2, 4), jnp.bfloat16)
     y = attention(q, k, k, jnp.zeros((1, 2, 2), bool))

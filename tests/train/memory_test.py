@@ -52,8 +52,8 @@ def compiled_bytes(run: setup.Run, config: dict) -> int:
 CASES = {
     "lora": [],
     "remat": ["model.remat=full"],
-    "dots": ["model.remat=dots"],
-    "unrolled": ["model.scan=False"],
+    "no_remat": ["model.remat=none"],
+    "unrolled": ["model.scan=False", "model.remat=none"],
     "accumulate": ["train.accumulate=2"],
     "dropout": ["method.dropout=0.1"],
     "full": ["method.name=full"],
