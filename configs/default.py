@@ -18,6 +18,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # of activations and products
     config.model.param_dtype = "float32"  # of the frozen weights; trainable leaves are always float32
 
+    # Kernels of linear layers in few bits, the rest as they are: ((regex found in a kernel's path, settings), ...), the
+    # first match wins. Settings: {"fmt": "nf4" | "fp4" | "int4" | "int8" | "q4_0" | "q4_1" | "q8_0", "group":
+    # rows that share a scale, "double": scales in few bits too}; {"fmt": "file"}: as the file holds it; None: as it
+    # is. Files that say that they are quantized (bitsandbytes, GPTQ, AWQ, compressed-tensors) stay so without a rule.
+    config.model.quantize = ()
+    config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
+
     config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
     config.warm_start = None  # an adapter folder whose values the run starts from
 

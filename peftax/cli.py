@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import errno
 import json
 import os
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--base", required=True, help="Hugging Face folder, .gguf or .safetensors file, or hub id")
         sub.add_argument("--adapter", required=adapter, help="adapter folder")
         sub.add_argument("--dtype", default="float32", help="of activations and products")
+        sub.add_argument("--quantize", type=_literal, default=(), help="rules as in config.model.quantize")
 
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
@@ -103,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(merge, "fold an adapter into the weights and write a Hugging Face checkpoint")
     model(sub)
     sub.add_argument("--into", required=True, help="folder to write")
+    sub.add_argument("--pack", action="store_true", help="of a base in few bits: pack the folded kernels again")
+    sub.add_argument("--data", help="file or hub name: print the loss on it before and after")
 
     sub = command(convert, "write a base, or with --adapter an adapter, as a Hugging Face folder")
     model(sub, adapter=False)
@@ -144,22 +148,28 @@ def inspect(args) -> None:
 
 
 def evaluate(args) -> None:
-    from peftax.data import chat, packing, source
+    from peftax.data import packing
     from peftax.train import evaluate as scores
     from peftax.train import setup
 
-    base = setup.open_base(path=args.base, dtype=args.dtype)
+    base = _base(args)
     apply, params, _ = _attached(base, args.adapter)
     if args.task:
         found = setup.examples(base, args.split, length=args.length, policy="drop", task=args.task, limit=args.limit)
     elif args.data:
-        rows = source.load(args.data, split=args.split if not Path(args.data).exists() else "train")
-        rows = rows if args.limit is None else [rows[i] for i in range(min(args.limit, len(rows)))]
-        found, _ = chat.encode_all(rows, base.tokenizer, length=args.length, split=args.split)
+        found = _examples(base, args.data, args.split, args.limit, args.length)
     else:
         raise ValueError("give --data or --task")
     found = scores.nll(apply, params, packing.pack(found, args.length))
     print(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
+
+
+def _examples(base, data, split, limit, length):
+    from peftax.data import chat, source
+
+    rows = source.load(data, split=split if not Path(data).exists() else "train")
+    rows = rows if limit is None else [rows[i] for i in range(min(limit, len(rows)))]
+    return chat.encode_all(rows, base.tokenizer, length=length, split=split)[0]
 
 
 def generate(args) -> None:
@@ -167,7 +177,7 @@ def generate(args) -> None:
     from peftax.train import setup
     from peftax.train.generate import Generator
 
-    base = setup.open_base(path=args.base, dtype=args.dtype)
+    base = _base(args)
     apply, params, front = _attached(base, args.adapter)
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [
@@ -188,17 +198,28 @@ def generate(args) -> None:
 
 def merge(args) -> None:
     from peftax import weights
+    from peftax.core import quantization
+    from peftax.core.method import chain
+    from peftax.data import packing
+    from peftax.train import evaluate as scores
     from peftax.train import setup
 
-    base = setup.open_base(path=args.base, dtype=args.dtype)
+    base = _base(args)
     run = setup.attach(base, args.adapter)
     if run.method.fold is None:
         raise ValueError(
             f"{args.adapter}: {run.method.name} is no change of weights and cannot be merged into them; serve it as "
             "an adapter"
         )
-    into = weights.save(run.method.fold(run.params, base.sites), base.config, args.into, tokenizer=base.tokenizer)
-    print(into)
+    folded = run.method.fold(run.params, base.sites)
+    if args.pack:
+        folded = quantization.pack_like(folded, base.params)
+    if args.data:
+        rows = packing.pack(_examples(base, args.data, "train", None, 1024), 1024)
+        before = scores.nll(run.apply, run.params, rows)["nll"]
+        after = scores.nll(base.inject(chain()), folded, rows)["nll"]
+        print(f"loss per token: adapted {before:.4f}, folded {after:.4f} ({after - before:+.4f})", file=sys.stderr)
+    print(weights.save(folded, base.config, args.into, tokenizer=base.tokenizer))
 
 
 def convert(args) -> None:
@@ -206,7 +227,7 @@ def convert(args) -> None:
     from peftax.train import setup
     from peftax.weights import adapters
 
-    base = setup.open_base(path=args.base, dtype=args.dtype)
+    base = _base(args)
     if args.adapter:
         run = setup.attach(base, args.adapter)
         into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
@@ -299,11 +320,25 @@ def verify(args) -> int:
     return int(bool(failed) or ran == 0)
 
 
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no literal; want (('_proj', {{'fmt': 'nf4'}}),)") from None
+
+
+def _base(args):
+    from peftax.train import setup
+
+    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize)
+
+
 def _attached(base, adapter):
+    from peftax.core.method import chain
     from peftax.train import setup
 
     if not adapter:
-        return base.model.apply, base.params, 0
+        return base.inject(chain()), base.params, 0
     run = setup.attach(base, adapter)
     return run.apply, run.params, run.method.front
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peftax.core import tree
 from peftax.core.method import Method
 from peftax.core.sites import Site, Sites, theta_of
+from peftax.ops.qtensor import QTensor
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -59,6 +60,24 @@ def base_specs(
     return specs
 
 
+def of_leaf(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+    """The NamedSharding of a leaf; of a packed weight one for each of its arrays, that lie as the kernel lies.
+
+    An axis that cannot be split stays whole: of scales, when a device's share would be less than a group.
+    """
+    if not isinstance(leaf, QTensor):
+        return NamedSharding(mesh, spec)
+    *lead, n_in, n_out = [*spec, *(None,) * (leaf.ndim - len(spec))]
+
+    def place(name: str, x: Any) -> NamedSharding:
+        axes = {"packed": (n_in, n_out), "scale": (n_in, None, n_out), "low": (n_in, None, n_out)}.get(name, ())
+        axes = [*lead, *axes, *(None,) * (x.ndim - len(lead) - len(axes))]
+        whole = [a is not None and n % mesh.shape[a] for a, n in zip(axes, x.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*(None if w else a for a, w in zip(axes, whole, strict=True))))
+
+    return jax.tree_util.tree_map_with_path(lambda path, x: place(path[0].name, x), leaf)
+
+
 def theta_spec(path: str, shape: tuple[int, ...], method: Method, sites: Sites, base, mesh: Mesh):
     """An adapter leaf follows its kernel: its "in" and "out" axes and its experts lie as the kernel's, every other
     axis is whole.
@@ -92,5 +111,5 @@ def shardings(
     out = {}
     for path, leaf in tree.flatten(part_tree).items():
         spec = base[path] if path in base else theta_spec(path, leaf.shape, method, sites, base, mesh)
-        out[path] = NamedSharding(mesh, spec)
+        out[path] = of_leaf(leaf, spec, mesh)
     return tree.unflatten(out)

@@ -11,12 +11,22 @@ import transformers
 
 from experiments.speed import side
 
+NF4 = transformers.BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "compile": "sdpa"}
 
 
 def load(args, told):
+    packed = args.dtype == "nf4"
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        told["base"], dtype=getattr(torch, args.dtype), attn_implementation=ATTENTION[args.kind]
+        told["base"],
+        dtype=torch.float32 if packed else getattr(torch, args.dtype),
+        quantization_config=NF4 if packed else None,
+        attn_implementation=ATTENTION[args.kind],
     )
     # autocast_adapter_dtype, the default, keeps the adapter in f32 on a bf16 base
     model = peft.PeftModel.from_pretrained(model, args.inputs / "adapter", is_trainable=True)

@@ -26,8 +26,13 @@ def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+NF4 = (("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True}),)
+
+
 def open_base(args, told) -> setup.Base:
     scan, dtype = bool(args.scan), args.dtype
+    if dtype == "nf4":
+        return setup.open_base(path=told["base"], scan=scan, remat=args.remat, quantize=NF4)
     return setup.open_base(path=told["base"], scan=scan, remat=args.remat, dtype=dtype, param_dtype=dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax.core import tree, views
 from peftax.core.method import Ctx, Kernel, Method, parts
 from peftax.core.sites import owner
+from peftax.ops.product import linear
+from peftax.ops.qtensor import QTensor
 
 
 def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None) -> Callable:
-    """`apply` that sees the method's leaves.
+    """`apply` that sees the method's leaves, and packed kernels, targeted or not.
 
     It takes apply's arguments, and `ctx`: a Ctx with a dropout key when training. Call it inside
     jit: an interceptor entered outside a compiled function is ignored.
@@ -79,12 +82,18 @@ def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: C
             raise ValueError(f"inject: {' and '.join(found)} meet at {path!r}; one must go")
         held = None if view.n_stack else rows  # the first axis may number experts
         call_args = (_hold(call_args[0], held), *call_args[1:])
-        if not found:
+        if not found and not isinstance(module.variables["params"].get(view.kernel), QTensor):
             return _hold(enter(module, next_fun, call_args, call_kwargs), held)
-        ((name, leaves),) = found.items()
-        reached.add(f"{path}/{name}")
-        y = _product(acting[name], leaves, shared.get(name), view, module, call_args[0], ctx, path)
-        return _hold(y, held)
+        x, kernel = _kernel(view, module, call_args[0], held)
+        ((name, leaves),) = found.items() or [("", {})]
+        if found:
+            reached.add(f"{path}/{name}")
+        call = functools.partial(at_site, acting[name], _template(path)) if found else _linear
+        y = (jax.vmap(call) if view.n_stack else call)(leaves, x, kernel)
+        return _hold(view.back(y), held)
+
+    def at_site(method, where, leaves, x, kernel):
+        return method.call(_with_shared(leaves, shared.get(method.name)), x, kernel, ctx, where)
 
     def around_block(method, leaves, path, run, *call_args):
         reached.add(f"{path}/{method.name}")
@@ -143,19 +152,21 @@ def _hold(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
 
 
-def _product(part: Method, leaves, shared, view: views.View, module, x: jax.Array, ctx, path: str):
+def _kernel(view: views.View, module, x: jax.Array, rows) -> tuple[jax.Array, Kernel]:
+    """The call's x as the view's rows, and the module's kernel and bias, in the dtype of their product."""
     params = module.variables["params"]
     w = view.matrix(params[view.kernel])
     b = params[view.bias].reshape(*w.shape[:-2], -1) if view.bias else None
-    dtype = view.dtype or (w.dtype if view.kind == "embed" else jnp.result_type(x, w))
+    dtype = view.dtype or (w.dtype if view.kind == "embed" else jnp.result_type(x, w.dtype))
     x = view.rows(x if view.kind == "embed" else x.astype(dtype))
-    kernel = Kernel(w.astype(dtype), None if b is None else b.astype(dtype), view.kind)
+    w = w.astype(dtype)
+    if isinstance(w, QTensor):
+        w = dataclasses.replace(w, rows=rows)
+    return x, Kernel(w, None if b is None else b.astype(dtype), view.kind)
 
-    def call(leaves, x, kernel):
-        assert part.call is not None  # inject keeps only methods that act
-        return part.call(_with_shared(leaves, shared), x, kernel, ctx, _template(path))
 
-    return view.back((jax.vmap(call) if view.n_stack else call)(leaves, x, kernel))
+def _linear(_, x: jax.Array, k: Kernel) -> jax.Array:
+    return linear(x, k.w, k.b)
 
 
 def _template(path: str) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftax.core import tree
+from peftax.core import quantization, tree
 from peftax.core.method import Ctx, Kernel, Method, Partition, chain
 from peftax.core.sites import Place, Site
 from peftax.core.targets import Targets
 from peftax.ops.product import linear
+from peftax.ops.qtensor import dense
 
 Leaves = dict[str, dict[str, jax.Array]]  # {"trainable": {leaf: array}, "frozen": {leaf: array}}
 
@@ -88,7 +89,7 @@ def per_kernel(
         common = _take(flat, None, name, adapter)
         theta = {path: _take(flat, site, name, adapter) for path, site in sites.items()}
         moved = {
-            site.kernel: _map_site(move, site, theta[path], common, flat)[0]
+            site.kernel: _map_site(move, site, theta[path], common, flat, keep=True)[0]
             for path, site in sites.items()
             if theta[path]
         }
@@ -233,6 +234,11 @@ def select(
             return votes[0]
 
         frozen, trainable = tree.split(params, take)
+        packed = [path for path, x in tree.flatten(trainable).items() if tree.is_packed(x)]
+        if packed:
+            raise ValueError(
+                f"{name}: {packed[0]!r} is packed in few bits and cannot train; leave it out of config.model.quantize"
+            )
         if required and not trainable:
             leaves = sorted({p.rsplit("/", 1)[-1] for p in tree.flatten(params)})
             raise ValueError(f"{name}: nothing is chosen; the leaves are named {', '.join(leaves)}")
@@ -326,8 +332,11 @@ def _stack_padded(layers: list[Any]) -> Any:
     return jax.tree.map(stacked, *layers)
 
 
-def _map_site(function, site: Site, theta, common, flat):
-    """(kernel, bias) of function(theta, Kernel), layer by layer, in f32 and then the kernel's own dtype."""
+def _map_site(function, site: Site, theta, common, flat, *, keep: bool = False):
+    """(kernel, bias) of function(theta, Kernel), layer by layer, in f32 and then the kernel's own dtype.
+
+    keep: a packed kernel is packed again; else it is numbers from then on.
+    """
     kernel = flat[site.kernel]
     n = len(site.layers)
     theta = {leaf: x.reshape(n, *x.shape[len(site.stack) :]) for leaf, x in theta.items()}
@@ -335,9 +344,11 @@ def _map_site(function, site: Site, theta, common, flat):
 
     def one(layer):
         theta, w, b = layer
-        old = Kernel(w.astype(jnp.float32), b, site.kind)
+        old = Kernel(dense(w.astype(jnp.float32)), b, site.kind)
         new = function({**common, **theta}, old)
-        return jax.tree.map(lambda new, old: jnp.where(theta["on"], new, old), new, old) if "on" in theta else new
+        if "on" in theta:
+            new = jax.tree.map(lambda new, old: jnp.where(theta["on"], new, old), new, old)
+        return new.replace(w=quantization.like(new.w, kernel)) if keep and tree.is_packed(kernel) else new
 
     folded = jax.lax.map(one, (theta, site.matrix(kernel), None if b is None else b.reshape(n, -1)))
     w = site.unmatrix(folded.w, kernel.shape).astype(kernel.dtype)

@@ -110,7 +110,7 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
         move=move if any(m.move for m in methods) else None,
         front=sum(m.front for m in methods),
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
-        needs=max((m.needs for m in methods), key=("product", "norms", "dense").index),
+        needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
         config=config or {},
     )
 

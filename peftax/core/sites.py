@@ -18,6 +18,7 @@ import jax
 from peftax.core import tree, views
 from peftax.core.method import Method, parts
 from peftax.core.views import register as register  # users extend sites by views
+from peftax.ops.qtensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,15 @@ class Site(Place):
 
     def matrix(self, kernel: jax.Array) -> jax.Array:
         """[*scanned, ...] -> [L, in, out], L counting layers and experts; L = 1 without a stack."""
+        if isinstance(kernel, QTensor):
+            return kernel.with_lead(math.prod(self.scanned))
         kernel = kernel.reshape(math.prod(self.scanned), *kernel.shape[len(self.scanned) :])
         matrix = jax.vmap(lambda k: views.to_matrix(k, self.perm, self.n_in, self.n_stack))(kernel)
         return matrix.reshape(-1, *self.shape)
 
     def unmatrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if isinstance(matrix, QTensor):
+            return matrix.with_lead(*self.scanned)
         matrix = matrix.reshape(math.prod(self.scanned), -1, *self.shape)  # experts, or 1
         own = shape[len(self.scanned) :]
         return jax.vmap(lambda m: views.from_matrix(m, self.perm, own))(matrix).reshape(shape)
@@ -143,7 +148,7 @@ def _number(name: str) -> int:
 def find(apply: Callable, params: Any, *args, **kwargs) -> Sites:
     """Every site and block of a model, from one abstract trace of apply({"params": params}, *args).
 
-    params and args may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+    params and args may be arrays or `jax.ShapeDtypeStruct`s, weights may be packed; nothing is computed.
 
     Raises ValueError where one module is scanned or mapped twice at its own path.
     """
@@ -151,6 +156,7 @@ def find(apply: Callable, params: Any, *args, **kwargs) -> Sites:
     calls: dict[str, tuple[views.View, str]] = {}
     arrays: dict[str, tuple[list, Any]] = {}  # module path -> what it is called with, what it returns
     callers: list[nn.Module] = []
+    params = tree.unpacked(params)
     flat = tree.flatten(params)
 
     def watch(next_fun, call_args, call_kwargs, context):

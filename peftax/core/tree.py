@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from peftax.ops.qtensor import QTensor
+
 Tree = Mapping[str, Any]
 
 
@@ -57,9 +59,18 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
 
 
+def unpacked(tree: Any) -> Any:
+    """The same tree in shapes, of packed weights those of the numbers that they stand for."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree, is_leaf=is_packed)
+
+
+def is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor)
+
+
 def count(tree: Any) -> int:
     """How many numbers the leaves hold."""
-    return sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(tree))
+    return sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(unpacked(tree)))
 
 
 def nbytes(tree: Any) -> int:

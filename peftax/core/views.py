@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peftax.ops.qtensor import QTensor
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -40,7 +42,9 @@ class View:
 
 
 def to_matrix(kernel: jax.Array, perm: tuple[int, ...], n_in: int, n_stack: int = 0) -> jax.Array:
-    """[...] -> [in, out]; [E, in, out] of a stack."""
+    """[...] -> [in, out]; [E, in, out] of a stack. A packed kernel is [in, out] already."""
+    if isinstance(kernel, QTensor):
+        return kernel
     shape = tuple(kernel.shape[p] for p in perm)
     stack, own = shape[:n_stack], shape[n_stack:]
     lead = (math.prod(stack),) if stack else ()

@@ -28,6 +28,7 @@ from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Patterns, Targets, by_pattern
 from peftax.methods import inits
 from peftax.ops.product import last, matmul, narrow
+from peftax.ops.qtensor import dense
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "m": ("out",), "w2": ("out",), "scale": ()}
 
@@ -61,7 +62,7 @@ def dora(
 
     def init(key, k: Kernel, *, rank: int, scale: float):
         a, b = inits.module("kaiming").kaiming(key, k.w, rank, scale)
-        w2 = jnp.sum(jnp.square(k.w.astype(jnp.float32)), axis=0)
+        w2 = jnp.sum(jnp.square(dense(k.w.astype(jnp.float32))), axis=0)
         return {
             "trainable": {"a": a, "b": b, "m": jnp.sqrt(w2)},
             "frozen": {"scale": jnp.float32(scale), "w2": w2},

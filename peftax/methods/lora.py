@@ -28,6 +28,7 @@ from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Patterns, Targets, by_pattern
 from peftax.methods import inits
 from peftax.ops.product import linear, matmul, narrow
+from peftax.ops.qtensor import dense
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "scale": (), "a0": ("in", "rank"), "b0": ("rank", "out")}
 
@@ -69,7 +70,7 @@ def lora(
             a, b = jnp.zeros((n_in, rank)), jax.random.normal(key, (rank, n_out))
         else:
             which = begin if k.kind == "linear" else inits.module("kaiming")
-            a, b = getattr(which, which.__name__.rpartition(".")[2])(key, k.w, rank, scale)
+            a, b = getattr(which, which.__name__.rpartition(".")[2])(key, dense(k.w), rank, scale)
         if begin.MOVES:
             still = 1.0 if k.kind == "linear" else 0.0
             frozen |= {"a0": still * a, "b0": still * b}

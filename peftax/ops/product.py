@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from peftax.ops import quantized
+from peftax.ops.qtensor import QTensor
+
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x @ w over the last axis of x; integer x takes rows of w.
@@ -13,7 +16,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
     Args:
       x: [..., K] floating, or [...] integer row numbers in [0, K).
-      w: [K, N].
+      w: [K, N], an array or a QTensor.
 
     Returns:
       [..., N] in the dtype of w (rows) or of the promoted product.
@@ -21,6 +24,8 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     Raises:
       ValueError: the contracted sizes differ.
     """
+    if isinstance(w, QTensor):
+        return quantized.product(x, w)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.take(w, x, axis=0)
     if x.shape[-1] != w.shape[0]:

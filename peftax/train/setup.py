@@ -16,12 +16,13 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftax import methods, models, sharding, weights
-from peftax.core import injection, tree
+from peftax.core import injection, quantization, tree
 from peftax.core import sites as core_sites
 from peftax.core.method import Method, Partition
 from peftax.core.sites import Sites
 from peftax.data import asset, chat, packing, pipeline
 from peftax.data import source as data_source
+from peftax.ops import kernels
 from peftax.weights import adapters, gguf
 
 PYPI = "pypi:"
@@ -77,6 +78,8 @@ def outline(
     remat: str = "none",
     dtype: str = "float32",
     param_dtype: str = "float32",
+    quantize: quantization.Rules = (),
+    kernel: str = "auto",
     mesh: Mapping[str, Any] | None = None,
 ) -> Base:
     """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`."""
@@ -95,11 +98,27 @@ def outline(
     shapes = models.abstract(model)
     sites = core_sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     specs = sharding.base_specs(shapes, sites, made, rules)
+    shapes = _packed(opened, shapes, sites, quantize, kernel)
+    places = {path: sharding.of_leaf(x, specs[path], made) for path, x in tree.flatten(shapes).items()}
     placed = {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(made, specs[path]))
+        path: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), x, places[path])
         for path, x in tree.flatten(shapes).items()
     }
     return Base(Path(folder), config, model, tree.unflatten(placed), sites, specs, made, opened.tokenizer(), opened)
+
+
+def _packed(opened: weights.Source, shapes, sites: Sites, rules: quantization.Rules, kernel: str) -> dict[str, Any]:
+    """The shapes with kernels in few bits where a rule says so; what the file says is quantized stays as it lies."""
+    if not rules and opened.config.get("quantization_config"):
+        rules = [("", {"fmt": quantization.AS_FILED})]
+    if kernel not in ("auto", *kernels.PLATFORM):
+        raise ValueError(f"config.model.kernel {kernel!r} is none of auto, {', '.join(kernels.PLATFORM)}")
+    wanted = quantization.match(rules, sites)
+    filed = {path for path, settings in wanted.items() if settings["fmt"] == quantization.AS_FILED}
+    flat = {**tree.flatten(shapes), **weights.as_filed(opened, shapes, filed)}
+    made = quantization.pack(tree.unflatten(flat), {p: s for p, s in wanted.items() if p not in filed})
+    set_kernel = lambda x: dataclasses.replace(x, kernel=kernel) if tree.is_packed(x) else x  # noqa: E731
+    return jax.tree.map(set_kernel, made, is_leaf=tree.is_packed)
 
 
 def resolve(path: str) -> str:

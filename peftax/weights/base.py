@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 from absl import logging
 from safetensors.numpy import save_file
 
+from peftax.core import quantization
 from peftax.core import tree as trees
+from peftax.ops.qtensor import QTensor, dense
 from peftax.weights import names, source
 from peftax.weights.source import Source
 
@@ -44,7 +46,8 @@ def load(
     Args:
       weights: an open source, or what `weights.open` takes.
       abstract: nested dict of shapes, as from jax.eval_shape of a model's init; layers scanned or
-        not.
+        not. A QTensor of shapes asks for a weight in few bits: taken as it lies where the file holds it so, else
+        packed layer by layer, with one layer's numbers in memory at a time.
       shardings: nested dict of jax.sharding.Sharding; each process then reads only its own shards'
         slices of the files.
       dtype: of all floating leaves; None takes those of `abstract`.
@@ -56,8 +59,11 @@ def load(
     if shardings is not None and places.keys() != {leaf.path for leaf in leaves}:
         wrong = sorted(places.keys() ^ {leaf.path for leaf in leaves})
         raise ValueError(f"shardings and parameters differ: {', '.join(wrong[:3])}")
-    params = {}
+    params, wanted = {}, trees.flatten(abstract)
     for leaf in leaves:
+        if isinstance(wanted[leaf.path], QTensor):
+            params[leaf.path] = _pack(weights, leaf, wanted[leaf.path], places.get(leaf.path))
+            continue
         kind = leaf.dtype
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
             kind = np.dtype(jnp.dtype(dtype))
@@ -73,8 +79,6 @@ def check(weights: Source, abstract: trees.Tree) -> None:
     except FileNotFoundError:  # a model of one's own needs none
         config = {}
     have = set(weights.names())
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise ValueError(f"{weights.path}: quantized by {method}, which is not read; use the float weights")
     missing = [name for leaf in leaves for name in leaf.names if name not in have]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -110,6 +114,43 @@ def _place(weights: Source, leaf: names.Leaf, dtype: np.dtype, sharding: Any) ->
         return parts[key]
 
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+
+def as_filed(weights: Source, shapes: trees.Tree, paths: Iterable[str]) -> dict[str, QTensor]:
+    """{path: QTensor of shapes} of those kernels that lie packed in the file, every layer alike."""
+    found = {}
+    for leaf in names.walk(shapes):
+        if leaf.path not in paths or len(kinds := {weights.packed(n) for n in leaf.names}) != 1 or None in kinds:
+            continue
+        one = trees.abstract(weights.read_packed(leaf.names[0]))
+        lead = leaf.shape[: leaf.stacked]
+        stack = jax.tree.map(lambda x, lead=lead: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), one)
+        found[leaf.path] = stack.astype(leaf.dtype)
+    return found
+
+
+def _pack(weights: Source, leaf: names.Leaf, wanted: QTensor, sharding: Any) -> QTensor:
+    """A leaf in few bits, read and packed layer by layer."""
+    stack = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted)
+    own = [x.shape[leaf.stacked :] for x in jax.tree.leaves(wanted)]
+    for layer, name in enumerate(leaf.names):
+        if weights.packed(name) == wanted.fmt:
+            made = weights.read_packed(name)
+        else:
+            try:
+                made = quantization.like(jnp.asarray(leaf.to_tree(weights.read(name))), wanted)
+            except ValueError as error:
+                raise ValueError(f"{weights.path}: tensor {name!r}: {error}") from error
+        if [x.shape for x in jax.tree.leaves(made)] != own:
+            raise ValueError(
+                f"{weights.path}: tensor {name!r} lies in {wanted.fmt} with groups of {made.group} and not as the others "
+                "or config.model.quantize would have it; start from float weights"
+            )
+        for into, x in zip(jax.tree.leaves(stack), jax.tree.leaves(made), strict=True):
+            into[layer if leaf.stacked else ...] = x
+    if sharding is None:
+        return jax.tree.map(jax.device_put, stack)
+    return jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, lambda i: x[i]), stack, sharding)
 
 
 def _read(weights: Source, leaf: names.Leaf, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
@@ -187,7 +228,7 @@ def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np
         file = file if len(shards) > 1 else source.SINGLE
         tensors = {}
         for leaf, parts in _by_leaf(shard):
-            whole = np.asarray(flat[leaf.path])
+            whole = np.asarray(dense(flat[leaf.path]))
             for layer in parts:
                 own = leaf.to_file(whole[layer] if leaf.stacked else whole)
                 # save_file writes the memory as it lies: it must be contiguous
@@ -232,10 +273,12 @@ def fingerprint(params: trees.Tree) -> str:
     """A hash of every number, type and name; the same for any sharding, layers scanned or not."""
     digests = {}
     for leaf, x in zip(names.walk(params), trees.flatten(params).values(), strict=True):
-        whole = np.asarray(x)
+        whole = [np.asarray(part) for part in jax.tree.leaves(x)]  # of a packed weight several
+        kind = f"{leaf.dtype.name} {x.fmt}" if isinstance(x, QTensor) else leaf.dtype.name
         for layer, name in enumerate(leaf.names):
-            own = np.ascontiguousarray(whole[layer] if leaf.stacked else whole)
-            digest = hashlib.blake2b(f"{leaf.tensor_shape} {leaf.dtype.name}".encode())
-            digest.update(own.reshape(-1).view(np.uint8))
+            digest = hashlib.blake2b(f"{leaf.tensor_shape} {kind}".encode())
+            for part in whole:
+                own = np.ascontiguousarray(part[layer] if leaf.stacked else part)
+                digest.update(own.reshape(-1).view(np.uint8))
             digests[name] = digest.hexdigest()
     return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
 """GGUF files of the Llama family: configuration, tensors under Hugging Face's names, tokenizer.
 
-Quantized tensors are dequantized to f32 as they are read. llama.cpp pairs neighbouring rows for
-rope, Hugging Face the two halves of a head: the rows of q and k are put back.
+Quantized tensors are dequantized to f32 by `read`; `read_packed` keeps the bits of Q4_0, Q4_1 and Q8_0. llama.cpp
+pairs neighbouring rows for rope, Hugging Face the two halves of a head: the rows of q and k are put back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from peftax.ops.qtensor import QTensor
 from peftax.weights.source import Source
 
 TENSORS = {
@@ -42,6 +43,8 @@ SPLITS = {  # tokenizer.ggml.pre -> the regex that cuts text before BPE; None: G
     "llama-bpe": WORDS + r"\p{N}{1,3}" + REST,
     "qwen2": WORDS + r"\p{N}" + REST,
 }
+PACKED = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0"}  # GGUF's types -> QTensor's formats
+BLOCK = 32  # weights that share a scale in these
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
@@ -168,6 +171,31 @@ class Gguf(Source):
         except NotImplementedError as error:
             raise ValueError(f"{self.path}: tensor {name!r}: {error}") from error
         return np.array(part[(slice(None), *index[1:])], np.float32)
+
+    def packed(self, name: str) -> str | None:
+        """The QTensor's format; None for other types, and for the table of tokens, whose blocks lie along its rows."""
+        if len(self.shape(name)) != 2 or name.startswith("model.embed_tokens."):
+            return None
+        return PACKED.get(self._tensor(name).tensor_type.name)
+
+    def read_packed(self, name: str) -> QTensor:
+        """The same weight [K, N] as it lies, in numpy arrays: `scale` and `low` are the file's f16."""
+        fmt = self.packed(name)
+        if fmt is None:
+            raise ValueError(f"{self.path}: tensor {name!r} is not held as a QTensor can hold it; `read` gives numbers")
+        n, k = self.shape(name)
+        rows: Any = self._rows(name, n)
+        blocks = self._tensor(name).data[slice(None) if rows is None else rows].reshape(n, k // BLOCK, -1)
+        floats = 4 if fmt == "q4_1" else 2  # bytes in front of a block's codes: its scale, then what is added
+        head = np.ascontiguousarray(blocks[..., :floats]).view(np.float16)
+        scale, *low = (np.ascontiguousarray(head[..., i].T)[:, None] for i in range(floats // 2))
+        codes = blocks[..., floats:]
+        if fmt == "q8_0":
+            packed = np.ascontiguousarray(codes.reshape(n, k).T).view(np.int8)
+        else:  # the low halves of a block's bytes are its first 16 codes, the high ones its last
+            codes = np.concatenate([codes & 15, codes >> 4], axis=-1).reshape(n, k)
+            packed = np.ascontiguousarray((codes[:, 0::2] | codes[:, 1::2] << 4).T)
+        return QTensor(packed, scale, *low, fmt=fmt)
 
     def _rows(self, name: str, n: int) -> np.ndarray | None:
         """Where the rows of q and k stand in the file; None: in order."""

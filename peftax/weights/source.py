@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 
 from peftax.core import tree as trees
+from peftax.ops.qtensor import QTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,6 +32,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+PACKED = {  # quantization_config.quant_method -> the file here that reads it, and its class
+    "bitsandbytes": ("bitsandbytes", "Bitsandbytes"),
+    "gptq": ("gptq", "Gptq"),
+    "awq": ("awq", "Awq"),
+    "compressed-tensors": ("compressed_tensors", "CompressedTensors"),
+}
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -72,6 +80,14 @@ class Source(abc.ABC):
     def read(self, name: str, *, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor, or the part of it that `index` (one slice of step 1 per axis) cuts out."""
 
+    def packed(self, name: str) -> str | None:
+        """The format of a weight that lies in few bits and can stay so; else None."""
+        return None
+
+    def read_packed(self, name: str) -> QTensor:
+        """Such a weight as it lies, in numpy arrays, [in, out]."""
+        raise ValueError(f"{self.path}: tensor {name!r} is not packed")
+
     @abc.abstractmethod
     def tokenizer(self) -> Any | None:
         """A transformers tokenizer; None where the checkpoint has none."""
@@ -109,7 +125,24 @@ def open(where: str | Path, *, revision: str | None = None, cache_dir: str | Pat
         from peftax.weights.gguf import Gguf
 
         return Gguf(path)
-    return Safetensors(path)
+    plain = Safetensors(path)
+    return _packed(plain) or plain
+
+
+def _packed(plain: Source) -> Source | None:
+    """The reader of a checkpoint whose config.json says that it is quantized."""
+    try:
+        how = plain.config.get("quantization_config")
+    except FileNotFoundError:
+        return None
+    if not how:
+        return None
+    method = str(how.get("quant_method"))
+    if method not in PACKED:
+        known = ", ".join(PACKED)
+        raise ValueError(f"{plain.path}: quantized by {method}, which is not read; read are {known} and float weights")
+    file, name = PACKED[method]
+    return getattr(importlib.import_module(f"peftax.weights.{file}"), name)(plain)
 
 
 def _ggufs(folder: Path) -> list[Path]:

@@ -234,9 +234,9 @@ def test_wrong_shape(saved):
 
 def test_quantized_checkpoint_is_refused(saved):
     _, folder = saved
-    config = CONFIG | {"quantization_config": {"quant_method": "gptq"}}
+    config = CONFIG | {"quantization_config": {"quant_method": "hqq"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized by gptq"):
+    with pytest.raises(ValueError, match="quantized by hqq, which is not read; read are bitsandbytes, gptq"):
         weights.load(folder, shapes(scan=True))
 
 

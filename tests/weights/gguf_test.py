@@ -7,11 +7,12 @@ from gguf.quants import dequantize, quantize
 
 from peftax import models, weights
 from peftax.data import asset
+from peftax.ops import qtensor
 from peftax.weights import names
 from peftax.weights.gguf import Gguf, extract, hf_name
 
 HIDDEN, HEADS, KV, FF, VOCAB, LAYERS = 64, 4, 2, 96, 20, 2
-Q4_1, Q8_0, F32 = (getattr(gguf.GGMLQuantizationType, n) for n in ("Q4_1", "Q8_0", "F32"))
+Q4_0, Q4_1, Q5_0, Q8_0, F32 = (getattr(gguf.GGMLQuantizationType, n) for n in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F32"))
 
 
 def permute(w, heads):
@@ -58,7 +59,7 @@ GGUF_NAMES = {
 }
 
 
-def write(file, *, arch="llama", pre="smollm", extra=()):
+def write(file, *, arch="llama", pre="smollm", extra=(), linear=Q4_1):
     """Write a model of the family; returns what reading it must give."""
     expected = {}
     out = gguf.GGUFWriter(file, arch)
@@ -83,7 +84,7 @@ def write(file, *, arch="llama", pre="smollm", extra=()):
         if stem.startswith("model.layers."):
             _, _, layer, stem = stem.split(".", 3)
             prefix = f"blk.{layer}."
-        kind = Q8_0 if "embed" in name else Q4_1 if value.ndim == 2 else F32
+        kind = Q8_0 if "embed" in name else linear if value.ndim == 2 else F32
         heads = HEADS if ".q_proj" in name else KV if ".k_proj" in name else None
         stored = permute(value, heads) if heads else value
         data = quantize(stored, kind)
@@ -129,6 +130,53 @@ def test_slices(tiny):
     for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"):
         index = (slice(5, 20), slice(3, 40))
         np.testing.assert_array_equal(found.read(name, index=index), expected[name][index])
+
+
+def same_packed(found, name, fmt):
+    """A tensor kept in its bits is, transposed, exactly what is read as numbers."""
+    assert found.packed(name) == fmt, name
+    w = found.read_packed(name)
+    assert w.group == 32 and w.scale.dtype == np.float16 and (w.low is None) == (fmt != "q4_1")
+    np.testing.assert_array_equal(qtensor.dense(w), found.read(name).T, err_msg=name)
+    return w
+
+
+@pytest.mark.parametrize(("linear", "fmt"), [(Q4_0, "q4_0"), (Q4_1, "q4_1"), (Q8_0, "q8_0")])
+def test_packed(tmp_path, linear, fmt):
+    expected = write(tmp_path / "x.gguf", linear=linear)
+    found = weights.open(tmp_path / "x.gguf")
+    for name, value in expected.items():
+        if value.ndim == 2 and "embed" not in name:
+            w = same_packed(found, name, fmt)
+            np.testing.assert_array_equal(qtensor.dense(w), value.T)
+    # byte by byte: bits per weight as in the file
+    up = found.read_packed("model.layers.0.mlp.up_proj.weight")
+    stored = next(x.data for x in gguf.GGUFReader(tmp_path / "x.gguf").tensors if x.name == "blk.0.ffn_up.weight")
+    assert sum(x.nbytes for x in (up.packed, up.scale, up.low) if x is not None) == stored.nbytes
+    head = 4 if fmt == "q4_1" else 2
+    for n, k in ((0, 0), (5, 15), (7, 16), (95, 31), (3, 32), (8, 63)):
+        block = stored[n].reshape(2, -1)[k // 32, head:]
+        if fmt == "q8_0":
+            assert up.packed[k, n] == block[k % 32].view(np.int8)
+        else:
+            code = block[k % 16] >> (4 if k % 32 >= 16 else 0) & 15
+            assert up.packed[k // 2, n] >> (4 if k % 2 else 0) & 15 == code
+
+
+def test_what_is_not_packed(tmp_path):
+    write(tmp_path / "x.gguf", linear=Q5_0, extra=["output.weight"])
+    found = weights.open(tmp_path / "x.gguf")
+    for name in (
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "lm_head.weight",
+    ):
+        assert found.packed(name) is None
+        with pytest.raises(ValueError, match=f"tensor '{name}' is not held as a QTensor"):
+            found.read_packed(name)
+    with pytest.raises(ValueError, match="no tensor 'x'"):
+        found.packed("x")
 
 
 def test_config(tiny, tmp_path):
@@ -274,6 +322,16 @@ def test_smollm2_fits_the_backbone(smollm2):
     abstract = models.abstract(models.build(smollm2.config))
     stored = {name: leaf.tensor_shape for leaf in names.walk(abstract) for name in leaf.names}
     assert stored == {name: smollm2.shape(name) for name in smollm2.names()}
+
+
+def test_smollm2_packed(smollm2):
+    kinds = {name: smollm2.packed(name) for name in smollm2.names()}
+    linear = {name for name, kind in kinds.items() if kind}
+    assert linear == {name for name in kinds if "_proj." in name} and len(linear) == 210
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        same_packed(smollm2, f"model.layers.29.self_attn.{name}.weight", "q4_1")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        same_packed(smollm2, f"model.layers.0.mlp.{name}.weight", "q4_1")
 
 
 def test_smollm2_tokens(tokenizer):

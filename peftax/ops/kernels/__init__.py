@@ -1,0 +1,44 @@
+"""Which kernel makes the product of a packed weight: chosen by platform and shape, or by the weight itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import jax
+
+from peftax.ops.kernels import xla
+from peftax.ops.qtensor import QTensor
+
+PLATFORM = {"xla": None, "tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}  # a file of this folder -> where it runs
+DEFAULT = {"tpu": "tpu", "cuda": "xla"}  # on GPU until a timing on that device says otherwise (experiments/device)
+
+
+def product(x: jax.Array, w: QTensor, transposed: bool) -> jax.Array:
+    """x [..., K] @ dense(w) -> [..., N]; transposed, x [..., N] @ dense(w)ᵀ -> [..., K].
+
+    `w.kernel` names a file of this folder; "auto" takes DEFAULT's. A kernel that does not take this product gives way
+    to XLA, with one warning on the machine that it concerns.
+    """
+    *lead, wide = x.shape
+    x = x.reshape(-1, wide)
+    wanted = DEFAULT if w.kernel == "auto" else {PLATFORM[w.kernel]: w.kernel}
+    branches = {}
+    for platform, name in wanted.items():
+        if platform is None or name == "xla":
+            continue
+        kernel = importlib.import_module(f"{__name__}.{name}")
+        why_not = kernel.supports(w, x.shape[0], x.dtype, transposed=transposed)
+        if why_not is None:
+            branches[platform] = functools.partial(kernel.product, transposed=transposed)
+        elif jax.default_backend() in (platform, "gpu" if platform == "cuda" else platform):
+            _warn(name, why_not)
+    plain = functools.partial(xla.product, transposed=transposed)
+    y = jax.lax.platform_dependent(x, w, default=plain, **branches) if branches else plain(x, w)
+    return y.reshape(*lead, -1)
+
+
+@functools.cache
+def _warn(name: str, why_not: str) -> None:
+    warnings.warn(f"{name} kernel: {why_not}; XLA makes this product", stacklevel=2)

@@ -1,0 +1,165 @@
+"""Every method on a base in four bits: the same numbers as on the dense weights that the bits stand for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from peftax import methods, models, sharding
+from peftax.core import injection, quantization, sites, tree
+from peftax.core.method import parts
+from peftax.ops.qtensor import dense
+from peftax.train import loss
+from peftax.train.step import State, make_step
+from tests.methods import tiny
+
+CONFIG = {**tiny.CONFIG, "hidden_size": 96, "intermediate_size": 160, "head_dim": 24}
+RULES = (("_proj/kernel$", {"fmt": "nf4", "group": 32}),)
+NAMES = [n for n in methods.names() if n not in ("full",)]
+causal_lm = functools.partial(loss.causal_lm, chunk=8)
+
+
+@functools.cache
+def model(scan=True, remat="none"):
+    return models.build(CONFIG, scan=scan, remat=remat)
+
+
+@functools.cache
+def found(scan=True):
+    return sites.find(model(scan).apply, models.abstract(model(scan)), jax.ShapeDtypeStruct((1, 3), jnp.int32))
+
+
+@functools.cache
+def base():
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        size = 1 / np.sqrt(x.shape[-2]) if path.endswith("kernel") else 0.3
+        return jnp.asarray(rng.normal(float(path.endswith("scale")), size, x.shape), jnp.float32)
+
+    flat = {path: draw(path, x) for path, x in tree.flatten(models.abstract(model())).items()}
+    return quantization.quantize(tree.unflatten(flat), RULES, found())
+
+
+def unpacked(params):
+    return jax.tree.map(dense, params, is_leaf=tree.is_packed)
+
+
+class Case:
+    def __init__(self, name):
+        self.method = methods.make(name)
+        init = jax.jit(lambda key, p: self.method.init(key, p, found()))
+        part = init(jax.random.key(0), base())
+        self.frozen, self.trainable = part.frozen, tiny.perturb(part.trainable)
+
+    def loss_and_gradient(self, frozen, trainable, scan=True, remat="none"):
+        apply = injection.inject(model(scan, remat).apply, self.method)
+
+        @jax.jit
+        @jax.value_and_grad
+        def mean(trainable, frozen):
+            total, weight = causal_lm(apply, tree.merge(frozen, trainable), tiny.batch())
+            return total / weight
+
+        return mean(trainable, frozen)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    return Case(request.param)
+
+
+def test_rules_packed_what_they_name():
+    packed = {p for p, x in tree.flatten(base()).items() if tree.is_packed(x)}
+    assert packed == {s.kernel for s in found().values() if s.kernel.endswith("_proj/kernel")}
+    assert tree.count(base()) == tree.count(unpacked(base()))
+    assert "model/layers/mlp/down_proj/kernel" in packed
+
+
+def test_equals_its_dense_base(case):
+    value, gradient = case.loss_and_gradient(case.frozen, case.trainable)
+    plain, plain_gradient = case.loss_and_gradient(unpacked(case.frozen), case.trainable)
+    assert abs(value - plain) <= 1e-5 * plain
+    tiny.close(gradient, plain_gradient, 2e-5)
+    assert tree.flatten(gradient).keys() == tree.flatten(case.trainable).keys()
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (False, "none")])
+def test_scan_unrolled_remat(case, scan, remat):
+    value, gradient = case.loss_and_gradient(case.frozen, case.trainable)
+    frozen, trainable = case.frozen, case.trainable
+    if not scan:
+        frozen, trainable = unstack(frozen), unstack(trainable)
+    other, other_gradient = case.loss_and_gradient(frozen, trainable, scan, remat)
+    assert abs(value - other) <= 1e-6 * value
+    tiny.close(gradient if scan else unstack(gradient), other_gradient, 2e-5)
+
+
+def unstack(scanned):
+    flat = {}
+    for path, leaf in tree.flatten(scanned).items():
+        for i in range(tiny.LAYERS) if path.startswith("model/layers/") else ():
+            flat[path.replace("layers/", f"layers/{i}/", 1)] = jax.tree.map(lambda x, i=i: x[i], leaf)
+        if not path.startswith("model/layers/"):
+            flat[path] = leaf
+    return tree.unflatten(flat)
+
+
+def test_fold(case):
+    """To numbers: the kernels that the method touched are dense from then on."""
+    if case.method.fold is None:
+        pytest.skip(f"{case.method.name} does not fold")
+    apply, batch = injection.inject(model().apply, case.method), tiny.batch()
+    inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+    merged = tree.merge(case.frozen, case.trainable)
+    adapted = jax.jit(lambda p: apply({"params": p}, *inputs))(merged)
+    folded = jax.jit(lambda p: case.method.fold(p, found()))(merged)
+    plain = model().apply({"params": unpacked(folded)}, *inputs)
+    seen = batch["segment_ids"] > 0
+    assert tiny.distance(np.asarray(adapted)[seen], np.asarray(plain)[seen]) <= 2e-5
+
+
+def test_trains_on_one_device_and_on_eight(case):
+    first = {}
+    for devices in (1, 8):
+        frozen, trainable, rows, options = case.frozen, jax.tree.map(jnp.copy, case.trainable), None, {}
+        if devices == 8:
+            mesh = sharding.make_mesh(data=2, fsdp=4)
+            specs = sharding.base_specs(unpacked(base()), found(), mesh)
+            lie = functools.partial(sharding.shardings, method=case.method, sites=found(), base=specs, mesh=mesh)
+            frozen, trainable = (jax.device_put(x, lie(x)) for x in (frozen, trainable))
+            rows = NamedSharding(mesh, sharding.BATCH)
+        apply = injection.inject(model().apply, case.method, rows=rows)
+        step = make_step(apply, causal_lm, optax.sgd(0.05), **options)
+        state, losses = State.create(trainable, optax.sgd(0.05)), []
+        before = jax.tree.map(np.array, frozen)
+        for _ in range(4):
+            state, metrics = step(state, frozen, tiny.batch())
+            losses.append(float(metrics["loss"]))
+        jax.tree.map(np.testing.assert_array_equal, before, frozen)
+        assert losses[-1] < losses[0]
+        first[devices] = losses
+    np.testing.assert_allclose(first[8], first[1], rtol=1e-5)
+
+
+def test_the_base_does_not_train():
+    with pytest.raises(ValueError, match="full: .*kernel' is packed in few bits and cannot train"):
+        methods.make("full").init(jax.random.key(0), base(), found())
+
+
+def test_no_array_of_a_whole_stack_of_numbers(case):
+    """In the compiled step no float array has the size of a stack of packed kernels."""
+    if not any(m.call for m in parts(case.method)):
+        pytest.skip(f"{case.method.name} adds no leaves")
+    step = make_step(injection.inject(model().apply, case.method), causal_lm, optax.sgd(0.1))
+    state = jax.eval_shape(lambda t: State.create(t, optax.sgd(0.1)), case.trainable)
+    text = step.lower(state, case.frozen, tiny.batch()).compile().as_text()
+    for path, x in tree.flatten(case.frozen).items():
+        if tree.is_packed(x):
+            layers, k, n = x.shape
+            for shape in ((layers, k, n), (layers, k // 2, 2, n), (layers, k // 32, 32, n)):
+                assert f"f32[{','.join(map(str, shape))}]" not in text, (path, shape)
