@@ -140,3 +140,48 @@ def test_logits_file_that_is_not_one(tmp_path, capsys):
     assert cli.main(["verify", *args]) == 1
     assert "x.npy: is no whole .npy file" in capsys.readouterr().err
     assert np.load(GOLDEN / "input_ids.npy").shape == (1, 24)
+
+
+RULES = "(('self_attn', {'fmt': 'nf4', 'group': 32}),)"
+
+
+def test_four_bits_from_training_to_a_merged_checkpoint(files, tmp_path, capsys):
+    base, data = files
+    workdir = tmp_path / "run"
+    words = [*train(base, data), "--config.train.steps=3", f"--workdir={workdir}", f"--config.model.quantize={RULES}"]
+    assert cli.main(words) == 0
+    assert "nf4: 4 kernels" in capsys.readouterr().err
+    adapter = ["--base", str(base), "--adapter", str(workdir / "adapter")]
+    packed = [*adapter, "--quantize", RULES, "--data", str(data)]
+    assert cli.main(["evaluate", *packed, "--length=64"]) == 0
+    with_bits = json.loads(capsys.readouterr().out)["nll"]
+    assert cli.main(["evaluate", *adapter, "--data", str(data), "--length=64"]) == 0
+    assert json.loads(capsys.readouterr().out)["nll"] != with_bits
+
+    losses = {}
+    for name, more in {"dense": [], "again": ["--pack"]}.items():
+        assert cli.main(["merge", *packed, *more, "--into", str(tmp_path / name)]) == 0
+        said = capsys.readouterr()
+        assert f"adapted {with_bits:.4f}" in said.err
+        assert cli.main(["evaluate", "--base", said.out.strip(), "--data", str(data), "--length=64"]) == 0
+        losses[name] = json.loads(capsys.readouterr().out)["nll"]
+        assert f"folded {losses[name]:.4f}" in said.err
+    assert abs(losses["dense"] - with_bits) < 1e-4 < abs(losses["again"] - with_bits)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("nf4", "'nf4' is no literal; want (('_proj'"),
+        ("(('mlp', {'fmt': 'nf4', 'group': 64}),)", "down_proj"),
+        ("(('no_such', {'fmt': 'nf4'}),)", "rule 'no_such' matches no linear kernel; nearest"),
+        ("('self_attn',)", "rule"),
+    ],
+)
+def test_wrong_rules(files, rules, words, capsys):
+    try:
+        status = cli.main(["evaluate", "--base", str(files[0]), "--data", str(files[1]), "--quantize", rules])
+    except SystemExit as stopped:
+        status = stopped.code
+    said = capsys.readouterr().err
+    assert status and words in said and "Traceback" not in said

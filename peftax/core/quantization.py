@@ -26,7 +26,10 @@ def match(rules: Rules, sites: Sites) -> dict[str, Mapping[str, Any]]:
     """
     kernels = sorted({s.kernel for s in sites.values() if s.kind == "linear" and _plain(s)})
     found: dict[str, Mapping[str, Any] | None] = {}
-    for pattern, settings in rules:
+    for rule in rules:
+        if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[1], Mapping | None):
+            raise ValueError(f"quantize: rule {rule!r} is no pair; want (regex, {{'fmt': ...}}) or (regex, None)")
+        pattern, settings = rule
         _check(pattern, settings)
         hits = [k for k in kernels if re.search(pattern, k)]
         if not hits:

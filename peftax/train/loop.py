@@ -23,7 +23,7 @@ from rich.table import Table
 
 from peftax import weights
 from peftax.core import sites as core_sites
-from peftax.core import tree
+from peftax.core import quantization, tree
 from peftax.train import evaluate, loss, memory, optimizers, setup, writers
 from peftax.train.step import State, make_step, state_shardings
 from peftax.weights import adapters, source
@@ -162,7 +162,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
 
 
 def show(run: setup.Run, console: Console | None = None) -> None:
-    """Print what trains: a line for each kind of leaf, and the sum."""
+    """Print what trains: a line for each kind of leaf, and the sum; and what lies in few bits."""
     table = Table(title=f"{run.method.name} on {run.base.path.name}", title_justify="left")
     table.add_column("trainable leaf", overflow="fold")
     for column in ("leaves", "shape", "numbers"):
@@ -178,7 +178,10 @@ def show(run: setup.Run, console: Console | None = None) -> None:
     share = 100 * n["trainable"] / n["total"]
     table.add_section()
     table.add_row("trainable", "", f"{share:.3f}% of {n['total']:,}", f"{n['trainable']:,}")
-    (console or Console(stderr=True)).print(table)
+    console = console or Console(stderr=True)
+    console.print(table)
+    if any(map(tree.is_packed, tree.flatten(run.base.params).values())):
+        console.print(quantization.report(tree.unpacked(run.base.params), run.base.params), soft_wrap=True)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

@@ -198,10 +198,12 @@ def size(n: float) -> str:
 def _on_one_device(run: setup.Run, half: Mapping[str, Any]) -> dict[str, int]:
     """{path: bytes of a leaf's shard}."""
     places = tree.flatten(run.base.places(half, run.method))
-    return {
-        path: math.prod(places[path].shard_shape(tuple(x.shape))) * np.dtype(x.dtype).itemsize
-        for path, x in tree.flatten(half).items()
-    }
+
+    def share(x, place) -> int:
+        return math.prod(place.shard_shape(tuple(x.shape))) * np.dtype(x.dtype).itemsize
+
+    shares = {path: jax.tree.map(share, x, places[path]) for path, x in tree.flatten(half).items()}
+    return {path: sum(jax.tree.leaves(of_arrays)) for path, of_arrays in shares.items()}
 
 
 def _largest_layer(base: setup.Base) -> int:
