@@ -180,7 +180,8 @@ def _by_levels(x: jax.Array, *, fmt: str, short: bool = False) -> tuple[Encode, 
         bits = _bits(x)
         lifted = _lifted(bits & POSITIVE)
         y = jnp.where(small, jnp.where(bits < 0, -lifted, lifted), x)
-        y = y / top if short else y * inverse
+        # to divide by one and the same number for all, XLA would multiply by its inverse
+        y = y / jnp.where(jnp.isnan(x), x, top) if short else y * inverse
         code = jnp.full(x.shape, order[0], jnp.uint8)
         for before, after, bound in zip(order, order[1:], bounds, strict=False):
             # at the bound 0, between fp4's two zeros, x counts unless x / absmax is no f32
@@ -295,10 +296,10 @@ def _sum(x: jax.Array) -> jax.Array:
         cut = len(whole) // step * step
         sums.append(_chain(whole[cut:]))
         whole = _chain(whole[:cut].reshape(-1, step, 4, lanes).swapaxes(0, 1))
-    total = sums[0] + sums[1] + sums[2] + _chain(whole)
+    first, *others = sums[0] + sums[1] + sums[2] + _chain(whole)
     for start in range(rows * 4 * lanes, end, lanes):
-        total = total.at[0].add(x[start : start + lanes])
-    return _chain(jnp.concatenate([_chain(x[end:])[None], _chain(total)]))
+        first += x[start : start + lanes]
+    return functools.reduce(jnp.add, functools.reduce(jnp.add, others, first), _chain(x[end:]))
 
 
 def _chain(x: jax.Array) -> jax.Array:

@@ -222,7 +222,7 @@ class Bitsandbytes(Source):
         each, kind, offset = (said.get(f"nested_{key}") for key in ("blocksize", "dtype", "offset"))
         if type(each) is not int or each <= 0 or kind != "float32":
             raise fail(f"nested_blocksize {each!r}, nested_dtype {kind!r}; wants a number and 'float32'")
-        if type(offset) not in (int, float) or not math.isfinite(offset):
+        if not isinstance(offset, int | float) or not math.isfinite(offset):
             raise fail(f"nested_offset {offset!r} is no number")
         expect("nested_absmax", "float32", -(-blocks // each))
         expect("nested_quant_map", "float32", 256)

@@ -10,7 +10,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax import methods, models, sharding
-from peftax.core import injection, sites, tree
+from peftax.core import injection, quantization, sites, tree
 from peftax.train import loss
 from peftax.train.step import State, make_step, state_shardings
 from tests.aot import machines
@@ -24,7 +24,7 @@ CONFIG = dict(  # Llama-3.2-1B's shapes, a quarter of its layers and of its voca
     num_hidden_layers=4,
     num_attention_heads=32,
     num_key_value_heads=8,
-    vocab_size=32768,
+    vocab_size=30720,
     tie_word_embeddings=True,
     rope_theta=500000.0,
 )
@@ -41,17 +41,18 @@ CASES = {
 }
 
 
-def step_for(devices: Sequence[jax.Device], data: int = 1):
+def step_for(devices: Sequence[jax.Device], data: int = 1, rules: quantization.Rules = ()):
     """The jitted training step of LoRA on all linears and its abstract arguments (state, frozen, batch) over
-    `devices`.
+    `devices`; `rules` say which kernels lie in few bits.
     """
     mesh = sharding.make_mesh(data=data, fsdp=-1, devices=devices)
     model = models.build(CONFIG, scan=True, remat="full", dtype="bfloat16", param_dtype="bfloat16")
     shapes = models.abstract(model)
     found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    specs = sharding.base_specs(shapes, found, mesh)
+    shapes = quantization.quantize(shapes, rules, found)
     method = methods.make("lora", rank=16)
     part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, found), shapes)
-    specs = sharding.base_specs(shapes, found, mesh)
     optimizer = optax.adamw(1e-4)
 
     def placed(shapes, places):

@@ -68,9 +68,20 @@ class Case:
         return mean(trainable, frozen)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@functools.cache
+def made(name):
+    return Case(name)
+
+
+@pytest.fixture(params=NAMES)
 def case(request):
-    return Case(request.param)
+    return made(request.param)
+
+
+@pytest.fixture(params=[n if n == "lora" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def few(request):
+    """LoRA, and in the slow tier all."""
+    return made(request.param)
 
 
 def test_rules_packed_what_they_name():
@@ -89,12 +100,12 @@ def test_equals_its_dense_base(case):
 
 
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (False, "none")])
-def test_scan_unrolled_remat(case, scan, remat):
-    value, gradient = case.loss_and_gradient(case.frozen, case.trainable)
-    frozen, trainable = case.frozen, case.trainable
+def test_scan_unrolled_remat(few, scan, remat):
+    value, gradient = few.loss_and_gradient(few.frozen, few.trainable)
+    frozen, trainable = few.frozen, few.trainable
     if not scan:
         frozen, trainable = unstack(frozen), unstack(trainable)
-    other, other_gradient = case.loss_and_gradient(frozen, trainable, scan, remat)
+    other, other_gradient = few.loss_and_gradient(frozen, trainable, scan, remat)
     assert abs(value - other) <= 1e-6 * value
     tiny.close(gradient if scan else unstack(gradient), other_gradient, 2e-5)
 
@@ -123,17 +134,17 @@ def test_fold(case):
     assert tiny.distance(np.asarray(adapted)[seen], np.asarray(plain)[seen]) <= 2e-5
 
 
-def test_trains_on_one_device_and_on_eight(case):
+def test_trains_on_one_device_and_on_eight(few):
     first = {}
     for devices in (1, 8):
-        frozen, trainable, rows, options = case.frozen, jax.tree.map(jnp.copy, case.trainable), None, {}
+        frozen, trainable, rows, options = few.frozen, jax.tree.map(jnp.copy, few.trainable), None, {}
         if devices == 8:
             mesh = sharding.make_mesh(data=2, fsdp=4)
             specs = sharding.base_specs(unpacked(base()), found(), mesh)
-            lie = functools.partial(sharding.shardings, method=case.method, sites=found(), base=specs, mesh=mesh)
+            lie = functools.partial(sharding.shardings, method=few.method, sites=found(), base=specs, mesh=mesh)
             frozen, trainable = (jax.device_put(x, lie(x)) for x in (frozen, trainable))
             rows = NamedSharding(mesh, sharding.BATCH)
-        apply = injection.inject(model().apply, case.method, rows=rows)
+        apply = injection.inject(model().apply, few.method, rows=rows)
         step = make_step(apply, causal_lm, optax.sgd(0.05), **options)
         state, losses = State.create(trainable, optax.sgd(0.05)), []
         before = jax.tree.map(np.array, frozen)

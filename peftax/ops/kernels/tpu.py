@@ -22,6 +22,7 @@ from peftax.ops import qtensor
 from peftax.ops.qtensor import LEVELS, QTensor
 
 DTYPES = ("bfloat16", "float32")
+INTEGERS = ("int4", "q4_0", "q4_1")  # formats whose levels are integers
 LANES, SUBLANES = 128, 8
 STRIP = 64  # rows of w in 32 bytes, the height of a register of bytes
 ROWS = 8192  # of x that one unpacked tile of w meets at most, where their sums wait in VMEM
@@ -80,11 +81,14 @@ def product(
       ValueError: `supports` has a reason, or the contracted sizes differ.
     """
     m, contracted = x.shape
-    if why := supports(w, m, x.dtype, transposed=transposed):
-        raise ValueError(f"tpu.product: {why}")
+    why_not = supports(w, m, x.dtype, transposed=transposed)
+    t = tiles or choose(m, w, x.dtype, transposed=transposed) if why_not is None else None
+    if t is None:
+        raise ValueError(f"tpu.product: {why_not}")
     if contracted != w.shape[transposed]:
         raise ValueError(f"tpu.product: x {x.shape} does not contract with w {w.shape}, {transposed=}")
-    t = tiles or choose(m, w, x.dtype, transposed=transposed)
+    if t != _dividing(t, w, transposed) or t.m % 16:
+        raise ValueError(f"tpu.product: {t} do not divide w {w.shape} in groups of {w.group}, {transposed=}, or 16 m")
     padded = -(-m // t.m) * t.m
     return _call(jnp.pad(x, ((0, padded - m), (0, 0))), w, t, transposed, interpret)[:m]
 
@@ -102,22 +106,27 @@ def choose(m: int, w: QTensor, dtype: Any, *, transposed: bool, kind: str | None
     product = {"fmt": w.fmt, "k": w.shape[0], "n": w.shape[1], "transposed": transposed}
     entries = [e for e in machine["tiles"] if m <= e.get("rows", m)]
     entry = next(e for e in entries if all(e.get(key, value) == value for key, value in product.items()))
-    inner_size, out_size = w.shape[::-1] if transposed else w.shape
-    most_out, most_inner = entry["out"], entry["inner"]
-    while min(most_out, most_inner) >= LANES:
-        out = _divisor(out_size, most_out, w.group if transposed else 1)
-        inner = _divisor(inner_size, most_inner, 1 if transposed else w.group)
-        rows = -(-m // -(-m // entry["m"]))  # as even as can be
-        t = Tiles(-(-rows // 16) * 16, out, inner)
+    rows = -(-m // -(-m // entry["m"]))  # as even as can be
+    out, inner = entry["out"], entry["inner"]
+    while min(out, inner) >= LANES:
+        t = _dividing(Tiles(-(-rows // 16) * 16, out, inner), w, transposed)
         if _vmem(t, m, w, jnp.dtype(dtype), transposed) <= machine["vmem_mib"] << 20:
             return t
-        most_out, most_inner = (most_out, most_inner // 2) if inner > out else (most_out // 2, most_inner)
+        out, inner = (out, inner // 2) if t.inner > t.out else (out // 2, inner)
     return None
 
 
 def _kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return KINDS.get(device.device_kind, SMALLEST)
+
+
+def _dividing(t: Tiles, w: QTensor, transposed: bool) -> Tiles:
+    """The largest tiles up to t that divide w."""
+    k, n = w.shape
+    if transposed:
+        return Tiles(t.m, _divisor(k, t.out, w.group), _divisor(n, t.inner, 1))
+    return Tiles(t.m, _divisor(n, t.out, 1), _divisor(k, t.inner, w.group))
 
 
 def _divisor(size: int, most: int, group: int) -> int:
@@ -132,8 +141,9 @@ def _grid(m: int, w_shape: tuple[int, ...], t: Tiles, transposed: bool) -> tuple
     """Rounds of rows, tiles of the product's columns, of the contracted axis, and tiles of rows in a round."""
     inner_size, out_size = w_shape[::-1] if transposed else w_shape
     blocks, inners = -(-m // t.m), inner_size // t.inner
-    rounds = -(-m // ROWS) if inners > 1 else 1  # without sums to keep, all rows are one round
-    return rounds, out_size // t.out, inners, -(-blocks // rounds)
+    # Without sums to keep all rows are one round
+    reuse = -(-blocks // -(-m // ROWS)) if inners > 1 else blocks
+    return -(-blocks // reuse), out_size // t.out, inners, reuse
 
 
 def _vmem(t: Tiles, m: int, w: QTensor, dtype: Any, transposed: bool) -> int:
@@ -172,7 +182,7 @@ def _call(x, w, t, transposed, interpret):
     args += [(qtensor.scales(w), scale)]
     if w.low is not None:
         args += [(w.low.astype(jnp.float32), scale)]
-    if LEVELS[w.fmt] is not None and w.fmt not in _FIRST:  # an argument, for a kernel captures no arrays
+    if LEVELS[w.fmt] is not None and w.fmt not in INTEGERS:  # an argument, for a kernel captures no arrays
         args += [(_levels(w.fmt, x.dtype), pl.BlockSpec((16, LANES), lambda i, j, c, r: (0, 0)))]
     y = jax.ShapeDtypeStruct((m, outs * t.out), x.dtype)
     pairs = w.fmt in ("nf4", "fp4") and x.dtype == jnp.bfloat16  # two rows to a word, as memory holds them
@@ -195,7 +205,7 @@ def _call(x, w, t, transposed, interpret):
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * m * w.size,
-            bytes_accessed=x.nbytes * outs + y.size * y.dtype.itemsize + w.packed.nbytes * rounds,
+            bytes_accessed=x.nbytes * outs + sum(a.nbytes for a, _ in args[1:]) * rounds + y.size * y.dtype.itemsize,
             transcendentals=0,
         ),
         name=f"{w.fmt}_{'dx' if transposed else 'product'}",
@@ -216,6 +226,7 @@ def _kernel(x_ref, packed_ref, scale_ref, *refs, fmt, group, transposed, reuse, 
     sums_ref = refs.pop() if summed else None
     *given, y_ref, tile_ref = refs
     low_ref = given.pop(0) if fmt == "q4_1" else None
+    levels_ref = given.pop(0) if given else None
 
     def numbers(value, row):
         """Codes' values as numbers of the group that has a row of the tile, f32."""
@@ -225,12 +236,12 @@ def _kernel(x_ref, packed_ref, scale_ref, *refs, fmt, group, transposed, reuse, 
     def unpack():
         if LEVELS[fmt] is None:
             _unpack_bytes(packed_ref, tile_ref, numbers)
-        elif fmt in _FIRST:
+        elif fmt in INTEGERS:
             _unpack_integers(packed_ref, tile_ref, numbers, fmt)
         elif x_ref.dtype == jnp.bfloat16:
-            _unpack_pairs(packed_ref, tile_ref, numbers, *given, group)
+            _unpack_pairs(packed_ref, tile_ref, numbers, levels_ref, group)
         else:
-            _unpack_rows(packed_ref, tile_ref, numbers, *given, group)
+            _unpack_rows(packed_ref, tile_ref, numbers, levels_ref, group)
 
     c, r = pl.program_id(2), pl.program_id(3)
     multiply = functools.partial(_multiply, x_ref, tile_ref, y_ref, sums_ref, transposed, c, r)
@@ -268,11 +279,8 @@ def _unpack_bytes(packed_ref, tile_ref, numbers):
         tile_ref[rows] = numbers(packed_ref[rows].astype(jnp.float32), top).astype(tile_ref.dtype)
 
 
-_FIRST = {"int4": 0, "q4_0": -8, "q4_1": 0}  # formats of consecutive integers, and the level of code 0
-
-
 def _unpack_integers(packed_ref, tile_ref, numbers, fmt):
-    """32 rows at a time, as the hardware's int4."""
+    """Codes are read as the hardware's int4, what is added or taken away being 8."""
     for top in range(0, tile_ref.shape[0], STRIP):
         code = packed_ref[pl.ds(top // 2, STRIP // 2)]
         if fmt != "int4":
@@ -301,18 +309,20 @@ def _unpack_pairs(packed_ref, tile_ref, numbers, levels_ref, group):
 
 
 def _unpack_rows(packed_ref, tile_ref, numbers, levels_ref, group):
-    """As _unpack_pairs, of f32: even and odd rows are stored two apart."""
+    """8 rows of f32 at a time. Codes are read as the hardware's int4: those of 8 and more are negative."""
     levels = _wide(levels_ref[...], tile_ref.shape[1])
     tables = None
-    for row, codes in _codes(packed_ref):
-        if tables is None or row % group == 0:
-            tables = numbers(levels[:SUBLANES], row), numbers(levels[SUBLANES:], row)
-        for odd, code in enumerate(codes):
-            tile_ref[pl.ds(row + odd, SUBLANES, stride=2)] = _look_up(tables, *code)
+    for top in range(0, tile_ref.shape[0], STRIP):
+        code_64xN = pltpu.bitcast(packed_ref[pl.ds(top // 2, STRIP // 2)], jnp.int4).astype(jnp.int32)
+        for at in range(0, STRIP, SUBLANES):
+            if tables is None or (top + at) % group == 0:
+                tables = numbers(levels[:SUBLANES], top + at), numbers(levels[SUBLANES:], top + at)
+            code = lax.slice_in_dim(code_64xN, at, at + SUBLANES)
+            tile_ref[pl.ds(top + at, SUBLANES)] = _look_up(tables, code & 7, code < 0)
 
 
 def _codes(packed_ref):
-    """For every 16 rows, the first one's number and, of the even and of the odd ones: codes mod 8, and which are over."""
+    """Of every 16 rows: the first; of the even and of the odd ones, codes mod 8 and which are 8 or more."""
     for top in range(0, packed_ref.shape[0], 32):
         bytes_32xN = packed_ref[pl.ds(top, 32)].astype(jnp.int8).astype(jnp.int32)
         for at in range(0, 32, SUBLANES):
