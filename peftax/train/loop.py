@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from peftax import weights
-from peftax.core import sites as core_sites
 from peftax.core import quantization, tree
+from peftax.core import sites as core_sites
 from peftax.train import evaluate, loss, memory, optimizers, setup, writers
 from peftax.train.step import State, make_step, state_shardings
 from peftax.weights import adapters, source

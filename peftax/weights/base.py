@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from peftax.core import quantization
 from peftax.core import tree as trees
 from peftax.ops.qtensor import QTensor, dense
-from peftax.weights import names, source
+from peftax.weights import bitsandbytes, names, source
 from peftax.weights.source import Source
 
 ARCHITECTURES = {
@@ -143,8 +143,8 @@ def _pack(weights: Source, leaf: names.Leaf, wanted: QTensor, sharding: Any) -> 
                 raise ValueError(f"{weights.path}: tensor {name!r}: {error}") from error
         if [x.shape for x in jax.tree.leaves(made)] != own:
             raise ValueError(
-                f"{weights.path}: tensor {name!r} lies in {wanted.fmt} with groups of {made.group} and not as the others "
-                "or config.model.quantize would have it; start from float weights"
+                f"{weights.path}: tensor {name!r} lies in {wanted.fmt} with groups of {made.group}, not as its other "
+                "layers or config.model.quantize would have it; start from float weights"
             )
         for into, x in zip(jax.tree.leaves(stack), jax.tree.leaves(made), strict=True):
             into[layer if leaf.stacked else ...] = x
@@ -175,6 +175,8 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write a Hugging Face checkpoint folder; it appears under its name only when it is whole.
+
+    Weights in nf4 and fp4 are written as bitsandbytes holds them, in other formats as numbers.
 
     Args:
       params: the tree; layers scanned or not, on any sharding this process can reach.
@@ -228,6 +230,11 @@ def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np
         file = file if len(shards) > 1 else source.SINGLE
         tensors = {}
         for leaf, parts in _by_leaf(shard):
+            if as_bits(flat[leaf.path]):
+                for layer in parts:
+                    own = jax.tree.map(lambda x, i=layer: x[i], flat[leaf.path]) if leaf.stacked else flat[leaf.path]
+                    tensors |= bitsandbytes.to_tensors(leaf.names[layer], own)
+                continue
             whole = np.asarray(dense(flat[leaf.path]))
             for layer in parts:
                 own = leaf.to_file(whole[layer] if leaf.stacked else whole)
@@ -241,6 +248,32 @@ def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np
     return floats[0] if floats else np.dtype(np.float32)
 
 
+def as_bits(leaf: Any) -> bool:
+    """Is it written as it lies? Other formats are written as numbers."""
+    return isinstance(leaf, QTensor) and leaf.fmt in bitsandbytes.FORMATS
+
+
+def _quantization_config(params: trees.Tree) -> dict[str, Any]:
+    """What transformers has to know of weights in few bits."""
+    flat = trees.flatten(params)
+    kinds = {(x.fmt, x.double) for x in flat.values() if as_bits(x)}
+    if not kinds:
+        return {}
+    if len(kinds) > 1:
+        raise ValueError(f"a checkpoint holds 4 bits of one kind, not {sorted(kinds)}; pack all alike")
+    ((fmt, double),) = kinds
+    kernels = [leaf for leaf in names.walk(params) if leaf.path.endswith("/kernel") and not as_bits(flat[leaf.path])]
+    how = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": fmt,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted({"lm_head", *(n.removesuffix(".weight") for k in kernels for n in k.names)}),
+    }
+    return {"quantization_config": how}
+
+
 def _by_leaf(shard: list[tuple[names.Leaf, int]]) -> Iterator[tuple[names.Leaf, list[int]]]:
     layers: dict[str, tuple[names.Leaf, list[int]]] = {}
     for leaf, layer in shard:
@@ -249,7 +282,7 @@ def _by_leaf(shard: list[tuple[names.Leaf, int]]) -> Iterator[tuple[names.Leaf, 
 
 
 def _write_config(params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, into: Path) -> None:
-    config = {k: v for k, v in config.items() if k != "quantization_config"}
+    config = {k: v for k, v in config.items() if k != "quantization_config"} | _quantization_config(params)
     # transformers 5 writes "dtype"; version 4 reads "torch_dtype"
     config |= {"dtype": kind.name, "torch_dtype": kind.name}
     if config.get("architectures") is None and config.get("model_type") in ARCHITECTURES:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from peftax import weights
+from peftax import models, weights
+from peftax.core import quantization, sites, tree
 from peftax.ops.qtensor import LEVELS, QTensor, dense, dynamic_levels
 from peftax.weights.bitsandbytes import Bitsandbytes, to_tensors
 from peftax.weights.source import Safetensors
+from tests.methods.tiny import CONFIG
 
 F32 = np.float32
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -251,3 +253,28 @@ def test_opened(tmp_path):
 def test_what_is_not_written(w, storage, message):
     with pytest.raises(ValueError, match=message):
         to_tensors(NAME, w, storage=storage)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_saved_tree_is_read_as_it_lay(tmp_path, scan):
+    """Rules pack some kernels; the folder that is written says which, and gives the same bits back."""
+    config = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    model = models.build(config, scan=scan)
+    shapes = models.abstract(model)
+    found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    rules = (("self_attn", {"fmt": "nf4", "group": 32, "double": True}),)
+    packed = quantization.quantize(params, rules, found)
+    opened = weights.open(weights.save(packed, config, tmp_path / "saved"))
+    paths = {s.kernel for s in found.values()}
+    wanted = weights.as_filed(opened, shapes, paths)
+    assert wanted.keys() == {p for p, x in tree.flatten(packed).items() if tree.is_packed(x)}
+    read = weights.load(opened, tree.unflatten({**tree.flatten(shapes), **wanted}))
+    assert jax.tree.structure(read) == jax.tree.structure(packed)
+    jax.tree.map(np.testing.assert_array_equal, read, packed)
+    skipped = opened.config["quantization_config"]["llm_int8_skip_modules"]
+    assert "model.layers.1.mlp.down_proj" in skipped and "model.layers.1.self_attn.q_proj" not in skipped
+    numbers = weights.load(opened, shapes)  # the same file as numbers
+    q = tree.flatten(packed)[next(iter(sorted(wanted)))]
+    np.testing.assert_array_equal(tree.flatten(numbers)[next(iter(sorted(wanted)))], dense(q))

@@ -94,10 +94,12 @@ def product(
 
 
 def choose(m: int, w: QTensor, dtype: Any, *, transposed: bool, kind: str | None = None) -> Tiles | None:
-    """Tiles for x of m rows: the device's first entry in the table for this product, made to divide it.
+    """Tiles for x of m rows: the device's first entry in tiles/tpu.json for this product, made to divide it.
+
+    An entry with `rows` is for at most so many; one with fmt, k, n or transposed for that one only.
 
     Args:
-      kind: a key of the table; if None, the device that is compiled for.
+      kind: a key of the table; if None, that of the default device.
 
     Returns:
       None if nothing fits in VMEM.
