@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import warnings
+from pathlib import Path
 
 import jax
 
@@ -12,7 +14,8 @@ from peftax.ops.kernels import xla
 from peftax.ops.qtensor import QTensor
 
 PLATFORM = {"xla": None, "tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}  # a file of this folder -> where it runs
-DEFAULT = {"tpu": "tpu", "cuda": "xla"}  # on GPU until a timing on that device says otherwise (experiments/device)
+DEFAULT = {"tpu": "tpu", "cuda": "xla"}  # on GPU until a timing on that device says otherwise
+CHOICE = json.loads((Path(__file__).parent / "tiles" / "choice.json").read_text())  # device kind -> timed there
 
 
 def product(x: jax.Array, w: QTensor, transposed: bool) -> jax.Array:
@@ -23,7 +26,7 @@ def product(x: jax.Array, w: QTensor, transposed: bool) -> jax.Array:
     """
     *lead, wide = x.shape
     x = x.reshape(-1, wide)
-    wanted = DEFAULT if w.kernel == "auto" else {PLATFORM[w.kernel]: w.kernel}
+    wanted = _default() if w.kernel == "auto" else {PLATFORM[w.kernel]: w.kernel}
     branches = {}
     for platform, name in wanted.items():
         if platform is None or name == "xla":
@@ -32,11 +35,20 @@ def product(x: jax.Array, w: QTensor, transposed: bool) -> jax.Array:
         why_not = kernel.supports(w, x.shape[0], x.dtype, transposed=transposed)
         if why_not is None:
             branches[platform] = functools.partial(kernel.product, transposed=transposed)
-        elif jax.default_backend() in (platform, "gpu" if platform == "cuda" else platform):
+        elif _platform() == platform:
             _warn(name, why_not)
     plain = functools.partial(xla.product, transposed=transposed)
     y = jax.lax.platform_dependent(x, w, default=plain, **branches) if branches else plain(x, w)
     return y.reshape(*lead, -1)
+
+
+def _default() -> dict[str, str]:
+    timed = CHOICE.get(jax.devices()[0].device_kind)  # experiments/device writes it
+    return DEFAULT if timed is None else DEFAULT | {PLATFORM[timed["kernel"]] or _platform(): timed["kernel"]}
+
+
+def _platform() -> str:
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""What "compiled" becomes on a real machine: kernels checked, timed and chosen."""
