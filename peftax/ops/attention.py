@@ -58,14 +58,14 @@ def attention(
     Args:
       in_order: the last T keys are the tokens of the queries, and none sees a key behind its own, whatever the mask
         says: `block` queries at a time then meet only the keys up to the last of theirs.
-      block: queries at a time, if in_order; more where there would be over eight blocks.
+      block: queries at a time, if in_order; more where there would be over four blocks.
 
     Returns:
       [B, T, N, H] in the dtype of q.
     """
     t, s = mask_BxTxS.shape[1:]
     if in_order:
-        block = max(block, -(-t // 8))
+        block = max(block, -(-t // 4))  # more blocks compile for long and save little
         mask_BxTxS = mask_BxTxS & jnp.tril(jnp.ones((1, t, s), bool), s - t)
     return _attention(block if in_order else t, q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, mask_BxTxS)
 

@@ -41,7 +41,7 @@ def test_equals_jax(heads, kv):
 
 @pytest.mark.parametrize(("t", "s", "block"), [(5, 5, 2), (6, 9, 4), (20, 20, 1), (3, 3, 64)])
 def test_blocks_equal_the_whole(t, s, block):
-    """Queries in blocks of any size, keys of a prefix in front, more blocks than eight."""
+    """Queries in blocks of any size, keys of a prefix in front, more blocks than four."""
     keys = jax.random.split(jax.random.key(1), 4)
     q, k, v = (jax.random.normal(keys[0], (2, t, 4, 8)), *(jax.random.normal(key, (2, 2, s, 8)) for key in keys[1:3]))
     mask = jax.random.bernoulli(keys[3], 0.6, (2, t, s)).at[:, :, 0].set(True)
