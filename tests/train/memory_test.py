@@ -54,6 +54,7 @@ CASES = {
     "remat": ["model.remat=full"],
     "no_remat": ["model.remat=none"],
     "unrolled": ["model.scan=False", "model.remat=none"],
+    "packed": ["model.quantize=(('self_attn', {'fmt': 'nf4', 'group': 32}),)"],
     "accumulate": ["train.accumulate=2"],
     "dropout": ["method.dropout=0.1"],
     "full": ["method.name=full"],

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -278,3 +280,32 @@ def test_a_saved_tree_is_read_as_it_lay(tmp_path, scan):
     numbers = weights.load(opened, shapes)  # the same file as numbers
     q = tree.flatten(packed)[next(iter(sorted(wanted)))]
     np.testing.assert_array_equal(tree.flatten(numbers)[next(iter(sorted(wanted)))], dense(q))
+
+
+class Watched(Safetensors):
+    """Says how many of the arrays that it gave are alive when the next is asked for."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.given, self.alive = [], []
+
+    def read(self, name, *, index=None):
+        gc.collect()
+        self.alive.append(sum(ref() is not None for ref in self.given))
+        found = super().read(name, index=index)
+        self.given.append(weakref.ref(found))
+        return found
+
+
+def test_one_tensor_of_numbers_at_a_time(tmp_path):
+    config = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 4}
+    model = models.build(config)
+    shapes = models.abstract(model)
+    found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    source = Watched(weights.save(params, config, tmp_path / "base"))
+    rules = (("_proj/kernel", {"fmt": "nf4", "group": 32}),)
+    read = weights.load(source, quantization.quantize(shapes, rules, found))
+    jax.tree.map(np.testing.assert_array_equal, read, quantization.quantize(params, rules, found))
+    assert len(source.alive) > 28 and max(source.alive) <= 1
