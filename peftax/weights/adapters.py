@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -115,6 +116,12 @@ def save(
             value = np.asarray(jax.device_get(theta[slot.path])).astype(np.float32)[slot.index]
             layers.setdefault(slot.name, {})[slot.leaf] = value
         form = _form(piece)
+        if piece.move is not None and any(map(tree.is_packed, frozen.values())):
+            logging.warning(
+                "%s: the base was moved and packed again; on the base as others have it the adapter fits up to the "
+                "rounding of its bits",
+                folder,
+            )
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
         tensors |= _pack(layers, slots, piece, trainable)

@@ -174,3 +174,27 @@ def test_no_array_of_a_whole_stack_of_numbers(case):
             layers, k, n = x.shape
             for shape in ((layers, k, n), (layers, k // 2, 2, n), (layers, k // 32, 32, n)):
                 assert f"f32[{','.join(map(str, shape))}]" not in text, (path, shape)
+
+
+def test_a_start_that_moves_the_base_packs_it_again():
+    """QPiSSA: the principal part in full, the rest in bits, nearer to W than W in bits (PiSSA, section 4)."""
+    rng = np.random.default_rng(3)
+    kernel = "model/layers/mlp/up_proj/kernel"
+    dense_base = tree.flatten(unpacked(base()))
+    spectrum = np.exp(-np.arange(96) / 8).astype(np.float32)
+    u, v = (np.linalg.qr(rng.normal(size=(2, n, 96)))[0] for n in (96, 160))
+    w = jnp.asarray((u * spectrum[None, None]) @ v.swapaxes(1, 2), jnp.float32)
+    params = quantization.quantize(tree.unflatten({**dense_base, kernel: w}), RULES, found())
+    bits = tree.flatten(params)[kernel]
+    method = methods.make("lora", rank=16, alpha=16.0, init="pissa", targets=["up_proj"])
+    part = jax.jit(lambda p: method.init(jax.random.key(0), p, found()))(params)
+    flat = tree.flatten(tree.merge(*part))
+    moved = flat[kernel]
+    assert (moved.fmt, moved.shape, moved.group) == (bits.fmt, bits.shape, bits.group)
+    low = flat["model/layers/mlp/up_proj/lora/default/a"] @ flat["model/layers/mlp/up_proj/lora/default/b"]
+    start = dense(bits)  # what the method was given
+    assert jnp.linalg.norm(dense(moved) + low - start) < 0.6 * jnp.linalg.norm(start - w)
+    # what a checkpoint holds makes the same base again
+    theta = {p: x for p, x in tree.flatten(part.frozen).items() if "/lora/" in p}
+    again = method.move(tree.unflatten({**tree.flatten(params), **theta}), found())
+    jax.tree.map(np.testing.assert_array_equal, tree.flatten(again)[kernel], moved)
