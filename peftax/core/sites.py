@@ -82,15 +82,15 @@ class Site(Place):
         """How many axes the kernel has, scanned ones included."""
         return len(self.scanned) + len(self.perm)
 
-    def matrix(self, kernel: jax.Array) -> jax.Array:
-        """[*scanned, ...] -> [L, in, out], L counting layers and experts; L = 1 without a stack."""
+    def matrix(self, kernel: Any) -> Any:
+        """[*scanned, ...] -> [L, in, out], L counting layers and experts; L = 1 without a stack; packed stays packed."""
         if isinstance(kernel, QTensor):
             return kernel.with_lead(math.prod(self.scanned))
         kernel = kernel.reshape(math.prod(self.scanned), *kernel.shape[len(self.scanned) :])
         matrix = jax.vmap(lambda k: views.to_matrix(k, self.perm, self.n_in, self.n_stack))(kernel)
         return matrix.reshape(-1, *self.shape)
 
-    def unmatrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def unmatrix(self, matrix: Any, shape: tuple[int, ...]) -> Any:
         if isinstance(matrix, QTensor):
             return matrix.with_lead(*self.scanned)
         matrix = matrix.reshape(math.prod(self.scanned), -1, *self.shape)  # experts, or 1
