@@ -83,7 +83,7 @@ class Site(Place):
         return len(self.scanned) + len(self.perm)
 
     def matrix(self, kernel: Any) -> Any:
-        """[*scanned, ...] -> [L, in, out], L counting layers and experts; L = 1 without a stack; packed stays packed."""
+        """[*scanned, ...] -> [L, in, out], L counting layers and experts (1 without a stack); packed stays packed."""
         if isinstance(kernel, QTensor):
             return kernel.with_lead(math.prod(self.scanned))
         kernel = kernel.reshape(math.prod(self.scanned), *kernel.shape[len(self.scanned) :])

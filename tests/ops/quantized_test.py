@@ -70,6 +70,8 @@ def test_members_share_one_reading():
     for dot in dots:
         assert dot.params["dimension_numbers"][1] == ((), ())  # no batch axes
         assert dot.invars[0].aval.shape[0] == 15
+    program = jax.jit(jax.vmap(gradient)).lower(x).compile().as_text()
+    assert "[64,24]" in program and "[3,64,24]" not in program and "[3,32,24]" not in program
 
 
 def test_weights_mapped_too():
