@@ -1,0 +1,89 @@
+"""Opening a base that another tool put into few bits: it stays as it lies, runs, and trains an adapter."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import save_file
+
+from peftax import models, weights
+from peftax.core import tree
+from peftax.ops.qtensor import dense
+from peftax.train import loss, setup
+from peftax.train.step import State, make_step
+from peftax.weights import names
+from tests.methods.tiny import CONFIG
+from tests.weights import gptq_test
+
+CONFIG = {
+    **CONFIG,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory):
+    """A Llama whose MLPs a GPTQ file holds in 4 bits."""
+    folder = tmp_path_factory.mktemp("gptq") / "base"
+    shapes = models.abstract(models.build(CONFIG, scan=False))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for path, x in tree.flatten(shapes).items():
+        name = names.to_hf(path)
+        value = rng.normal(float(path.endswith("scale")), 0.2, x.shape).astype(np.float32)
+        if "/mlp/" not in path:
+            tensors[name] = value.T if path.endswith("kernel") else value
+            continue
+        k, n = x.shape
+        codes, zeros = rng.integers(0, 16, (k, n)), rng.integers(1, 16, (k // 32, n))
+        scales = rng.uniform(0.01, 0.05, zeros.shape).astype(np.float16)
+        parts = gptq_test.pack(codes, zeros, scales, group=32)
+        tensors |= {name.replace("weight", part): np.ascontiguousarray(value) for part, value in parts.items()}
+    folder.mkdir()
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "model.safetensors")
+    how = gptq_test.SETTINGS | {"group_size": 32}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": how}))
+    return folder
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_as_it_lies(gptq, scan):
+    base = setup.open_base(path=str(gptq), scan=scan, mesh={"fsdp": 2, "data": 4})
+    packed = {path: x for path, x in tree.flatten(base.params).items() if tree.is_packed(x)}
+    assert {p.rsplit("/", 2)[1] for p in packed} == {"gate_proj", "up_proj", "down_proj"}
+    assert all(x.fmt == "q4_1" and x.group == 32 for x in packed.values())
+    numbers = weights.load(gptq, models.abstract(base.model))  # the same file as numbers
+    for path, x in packed.items():
+        np.testing.assert_array_equal(dense(x), tree.flatten(numbers)[path])
+
+    run = setup.start(base, {"name": "lora", "rank": 4}, seed=0)
+    tokens = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (8, 12))
+    logits = jax.jit(lambda p: run.apply({"params": p}, tokens))(run.params)
+    plain = base.model.apply({"params": numbers}, tokens)
+    np.testing.assert_allclose(logits, plain, rtol=1e-4, atol=1e-4)
+    ones = np.ones_like(tokens)
+    batch = {"tokens": tokens, "targets": tokens, "positions": ones * np.arange(12)[None], "segment_ids": ones}
+    batch["weights"] = ones.astype(np.float32)
+    step = make_step(run.apply, loss.causal_lm, optax.adam(1e-2))
+    state, losses = State.create(jax.tree.map(jnp.copy, run.part.trainable), optax.adam(1e-2)), []
+    for _ in range(5):
+        state, metrics = step(state, run.part.frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_a_rule_against_the_file(gptq):
+    """What the file holds in another format is packed anew from its numbers; a rule of None reads numbers."""
+    rules = (("up_proj", {"fmt": "int4", "group": 32}), ("gate_proj", {"fmt": "file"}))
+    base = tree.flatten(setup.open_base(path=str(gptq), quantize=rules).params)
+    kinds = {p.rsplit("/", 2)[1]: x.fmt for p, x in base.items() if tree.is_packed(x)}
+    assert kinds == {"up_proj": "int4", "gate_proj": "q4_1"}
+    with pytest.raises(ValueError, match="none of auto, xla, tpu, triton, mosaic_gpu"):
+        setup.outline(path=str(gptq), kernel="cublas")
