@@ -150,9 +150,11 @@ def scales(w: QTensor) -> jax.Array:
         return w.scale.astype(jnp.float32)
     *lead, blocks, _, n = w.scale.shape
     number = jnp.arange(n)[None] * blocks + jnp.arange(blocks)[:, None]  # [K/group, N]
-    second = jnp.take(w.nested, number // NESTED, axis=-1)
-    first = jnp.take(jnp.asarray(dynamic_levels()), w.scale.astype(jnp.int32), axis=0)
-    return rounded(first * second.reshape(w.scale.shape)) + w.offset.reshape(*lead, 1, 1, 1)
+    second = jnp.take(w.nested, number // NESTED, axis=-1, mode="clip")
+    code = w.scale.reshape(*lead, blocks, n).astype(jnp.int32)  # on TPU an axis of one costs eight rows
+    first = jnp.take(jnp.asarray(dynamic_levels()), code, axis=0, mode="clip")
+    scale = rounded(first * second) + w.offset.reshape(*lead, 1, 1)
+    return scale.reshape(w.scale.shape)
 
 
 def rounded(x: jax.Array) -> jax.Array:
