@@ -49,18 +49,12 @@ def _plain(site) -> bool:
 def _check(pattern: str, settings: Mapping[str, Any] | None) -> None:
     if settings is None:
         return
-    known = ("fmt", "group", "double")
-    wrong = [k for k in settings if k not in known]
+    wrong = sorted(settings.keys() - {"fmt", "group", "double"})
     if wrong or "fmt" not in settings:
-        raise ValueError(
-            f"quantize: rule {pattern!r} has keys {sorted(settings)}; want fmt, and group or double of {known}"
-        )
-    fmt, group = settings["fmt"], settings.get("group")
-    if fmt != AS_FILED and fmt not in LEVELS:
-        near = tree.nearest(fmt, (*LEVELS, AS_FILED))
-        raise ValueError(f"quantize: rule {pattern!r} wants format {fmt!r}; nearest: {near}")
-    if fmt != AS_FILED and group is not None and group not in GROUPS[fmt]:
-        raise ValueError(f"quantize: rule {pattern!r} wants {fmt} in groups of {group}; there are {GROUPS[fmt]}")
+        raise ValueError(f"quantize: rule {pattern!r} has keys {sorted(settings)}; want fmt, and group or double")
+    if settings["fmt"] not in (*LEVELS, AS_FILED):
+        near = tree.nearest(settings["fmt"], (*LEVELS, AS_FILED))
+        raise ValueError(f"quantize: rule {pattern!r} wants format {settings['fmt']!r}; nearest: {near}")
 
 
 def quantize(params: tree.Tree, rules: Rules, sites: Sites) -> dict[str, Any]:
@@ -86,7 +80,7 @@ def _pack(path: str, kernel: Any, settings: Mapping[str, Any]) -> QTensor:
             return jax.eval_shape(one, kernel)
         return jax.jit(one)(kernel)
     except ValueError as error:
-        raise ValueError(f"quantize: {path!r}: {error}") from error
+        raise ValueError(f"quantize: {path!r}: {str(error).removeprefix('quantize: ')}") from error
 
 
 def like(w: jax.Array, packed: QTensor) -> QTensor:

@@ -43,7 +43,7 @@ def test_report_counts_bytes(shapes, found):
         (("no_such", {"fmt": "nf4"}), "rule 'no_such' matches no linear kernel; nearest: "),
         (("embed_tokens", {"fmt": "nf4"}), "matches no linear kernel; only kernels of two axes in linear layers"),
         (("_proj", {"fmt": "nf5"}), "wants format 'nf5'; nearest: 'nf4'"),
-        (("_proj", {"fmt": "nf4", "group": 48}), "wants nf4 in groups of 48; there are"),
+        (("_proj", {"fmt": "nf4", "group": 48}), "kernel': nf4 has no group 48; it has 32, 64"),
         (("_proj", {"fmt": "nf4", "block": 32}), "has keys"),
         (("_proj", {"fmt": "nf4", "group": 64}), "down_proj/kernel.*96.*64"),
         (("_proj", {"fmt": "file"}), "there is no file; name a format"),
