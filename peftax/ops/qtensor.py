@@ -117,7 +117,7 @@ def dense(w: Any) -> Any:
     *lead, k, n = w.shape
     grouped = values(w).reshape(*lead, k // w.group, w.group, n) * scales(w)
     if w.low is not None:
-        grouped += w.low.astype(jnp.float32)
+        grouped = rounded(grouped) + w.low.astype(jnp.float32)
     return grouped.reshape(w.shape).astype(w.dtype)
 
 
