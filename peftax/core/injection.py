@@ -82,13 +82,14 @@ def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: C
             raise ValueError(f"inject: {' and '.join(found)} meet at {path!r}; one must go")
         held = None if view.n_stack else rows  # the first axis may number experts
         call_args = (_hold(call_args[0], held), *call_args[1:])
-        if not found and not isinstance(module.variables["params"].get(view.kernel), QTensor):
+        if not found and not isinstance(module.variables.get("params", {}).get(view.kernel), QTensor):
             return _hold(enter(module, next_fun, call_args, call_kwargs), held)
         x, kernel = _kernel(view, module, call_args[0], held)
-        ((name, leaves),) = found.items() or [("", {})]
+        leaves, call = {}, _linear
         if found:
+            ((name, leaves),) = found.items()
             reached.add(f"{path}/{name}")
-        call = functools.partial(at_site, acting[name], _template(path)) if found else _linear
+            call = functools.partial(at_site, acting[name], _template(path))
         y = (jax.vmap(call) if view.n_stack else call)(leaves, x, kernel)
         return _hold(view.back(y), held)
 
