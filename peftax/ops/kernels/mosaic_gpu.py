@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from peftax.ops import qtensor
+from peftax.ops.kernels import requirements
 from peftax.ops.qtensor import QTensor
 
 FORMATS = ("nf4", "fp4", "int4", "q4_0", "q4_1")
@@ -37,12 +38,8 @@ def supports(w: QTensor, m: int, dtype: Any, *, transposed: bool) -> str | None:
     found = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
     if found not in ("", "9.0"):
         return f"compute capability {found}; only 9.0 has these instructions"
-    if w.ndim != 2:
-        return f"the weight has {w.ndim} axes; want [K, N]"
-    if w.fmt not in FORMATS:
-        return f"format {w.fmt!r}; this kernel has {', '.join(FORMATS)}"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"x is {jnp.dtype(dtype).name}; want {' or '.join(DTYPES)}"
+    if why := requirements.refusal(w, dtype, formats=FORMATS, dtypes=DTYPES):
+        return why
     if m <= TILE // 2:
         return f"M={m}; a tile has {TILE} rows, which that many would leave empty"
     k, n = w.shape
@@ -71,11 +68,9 @@ def product(x: jax.Array, w: QTensor, *, transposed: bool = False, interpret: bo
     Raises:
       ValueError: `supports` has a reason, or the contracted sizes differ.
     """
-    if why := supports(w, x.shape[0], x.dtype, transposed=transposed):
-        raise ValueError(f"mosaic_gpu.product: {why}")
-    m, contracted = x.shape
-    if contracted != w.shape[transposed]:
-        raise ValueError(f"mosaic_gpu.product: x {x.shape} does not contract with w {w.shape}, {transposed=}")
+    m = x.shape[0]
+    why_not = supports(w, m, x.dtype, transposed=transposed)
+    requirements.check("mosaic_gpu", x, w, transposed=transposed, why_not=why_not)
     x = jnp.pad(x, ((0, -m % TILE), (0, 0)))
     if transposed:
         return _even_odd(_call(x, w, True, interpret), TILE // 2, 2)[:m]

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from peftax.ops import qtensor
+from peftax.ops.kernels import requirements
 from peftax.ops.qtensor import LEVELS, QTensor
 
 DTYPES = ("bfloat16", "float32")
@@ -41,10 +42,8 @@ class Tiles(NamedTuple):
 
 def supports(w: QTensor, m: int, dtype: Any, *, transposed: bool) -> str | None:
     """None if `product` takes an x of m rows and this dtype; else why not."""
-    if w.ndim != 2:
-        return f"the weight has {w.ndim} axes; want [K, N]"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"x is {jnp.dtype(dtype).name}; want {' or '.join(DTYPES)}"
+    if why := requirements.refusal(w, dtype, formats=LEVELS, dtypes=DTYPES):
+        return why
     k, n = w.shape
     if m < 1:
         return "x has no rows"
@@ -80,13 +79,11 @@ def product(
     Raises:
       ValueError: `supports` has a reason, or the contracted sizes differ.
     """
-    m, contracted = x.shape
+    m = x.shape[0]
     why_not = supports(w, m, x.dtype, transposed=transposed)
-    t = tiles or choose(m, w, x.dtype, transposed=transposed) if why_not is None else None
-    if t is None:
-        raise ValueError(f"tpu.product: {why_not}")
-    if contracted != w.shape[transposed]:
-        raise ValueError(f"tpu.product: x {x.shape} does not contract with w {w.shape}, {transposed=}")
+    requirements.check("tpu", x, w, transposed=transposed, why_not=why_not)
+    t = tiles or choose(m, w, x.dtype, transposed=transposed)
+    assert t is not None  # `supports` found tiles
     if t != _dividing(t, w, transposed) or t.m % 16:
         raise ValueError(f"tpu.product: {t} do not divide w {w.shape} in groups of {w.group}, {transposed=}, or 16 m")
     padded = -(-m // t.m) * t.m

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from peftax.ops import qtensor
+from peftax.ops.kernels import requirements
 from peftax.ops.qtensor import QTensor
 
 FORMATS = ("nf4", "fp4", "int4", "q4_0", "q4_1")
@@ -43,12 +44,8 @@ def supports(w: QTensor, m: int, dtype: Any, *, transposed: bool) -> str | None:
     found = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
     if found.startswith(("5.", "6.", "7.")):
         return f"compute capability {found}; want 8.0 or later"
-    if w.ndim != 2:
-        return f"the weight has {w.ndim} axes; want [K, N]"
-    if w.fmt not in FORMATS:
-        return f"format {w.fmt!r}; this kernel has {', '.join(FORMATS)}"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"x is {jnp.dtype(dtype).name}; want {' or '.join(DTYPES)}"
+    if why := requirements.refusal(w, dtype, formats=FORMATS, dtypes=DTYPES):
+        return why
     k, n = w.shape
     if _power(k, LEAST) < LEAST or _power(n, LEAST) < LEAST:
         return f"K={k}, N={n}; want multiples of {LEAST}"
@@ -74,11 +71,9 @@ def product(x: jax.Array, w: QTensor, *, transposed: bool = False, interpret: bo
     Raises:
       ValueError: `supports` has a reason, or the contracted sizes differ.
     """
-    if why := supports(w, x.shape[0], x.dtype, transposed=transposed):
-        raise ValueError(f"triton.product: {why}")
-    m, contracted = x.shape
-    if contracted != w.shape[transposed]:
-        raise ValueError(f"triton.product: x {x.shape} does not contract with w {w.shape}, {transposed=}")
+    m = x.shape[0]
+    why_not = supports(w, m, x.dtype, transposed=transposed)
+    requirements.check("triton", x, w, transposed=transposed, why_not=why_not)
     t = tiles(m, w, transposed)
     x = jnp.pad(x, ((0, -m % t.m), (0, 0)))
     y_SxMxO = _call(x, w, t, transposed, interpret)
