@@ -1,5 +1,7 @@
 """The product and its narrow form: values, gradients, batching, errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,3 +36,25 @@ def test_narrow_under_vmap_and_remat():
     one = jax.vmap(jax.grad(lambda w, x: jnp.sum(jax.checkpoint(narrow)(x, w) ** 2)))(w, x)
     two = jax.vmap(jax.grad(lambda w, x: jnp.sum(matmul(x, w) ** 2)))(w, x)
     np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_bf16_sums_in_f32_and_so_do_its_slopes():
+    """XLA for CPU multiplies bf16 at the speed of f32 unless the sum is f32."""
+    x = jax.random.normal(jax.random.key(0), (3, 8, 64)).astype(jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (64, 5)).astype(jnp.bfloat16)
+    c = jax.random.normal(jax.random.key(2), (3, 8, 5)).astype(jnp.bfloat16)
+
+    def through(f):
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(f(x, w).astype(jnp.float32) * c), (0, 1)))
+
+    exact = through(jnp.matmul)(*(v.astype(jnp.float32) for v in (x, w)))
+    for f in (matmul, narrow):
+        value, slopes = through(f)(x, w)
+        assert [s.dtype for s in slopes] == [jnp.bfloat16] * 2
+        np.testing.assert_allclose(value, exact[0], rtol=1e-2)
+        for ours, theirs in zip(slopes, exact[1], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(jnp.abs(theirs).max()))
+        products = [line for line in through(f).lower(x, w).as_text().splitlines() if "stablehlo.dot_general" in line]
+        assert len(products) == 3
+        for line in products:
+            assert re.search(r"\(tensor<\w+xbf16>, tensor<\w+xbf16>\) -> tensor<\w+xf32>", line), line
