@@ -30,8 +30,8 @@ class Format:
     matches:   does this config belong here? Types that several files share are told apart by it.
     shared:    leaf that all sites share -> its tensor's whole name.
     settle:    (layers, keyword arguments) -> both as an adapter of the untouched base, where the method moves it.
-    pack:      layers -> {tensor name: array}, where no leaf has a tensor of its own; unpack is its inverse:
-               ({tensor name: array}, shapes in place of the arrays of layers) -> layers.
+    pack:      (layers, keyword arguments) -> {tensor name: array}, where leaves are not tensors one by one.
+    unpack:    its inverse: (tensors, layers with shapes in place of arrays, keyword arguments) -> layers.
     """
 
     peft_type: str
@@ -41,8 +41,8 @@ class Format:
     matches: Callable[[Mapping[str, Any]], bool] = lambda config: True
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settle: Callable[[Layers, Mapping[str, Any]], tuple[Layers, Mapping[str, Any]]] | None = None
-    pack: Callable[[Layers], dict[str, np.ndarray]] | None = None
-    unpack: Callable[[Mapping[str, np.ndarray], Mapping[str, Mapping[str, tuple]]], Layers] | None = None
+    pack: Callable[[Layers, Mapping[str, Any]], dict[str, np.ndarray]] | None = None
+    unpack: Callable[..., Layers] | None = None
 
 
 def read_targets(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def per_kernel(
     move: Callable[..., Kernel] | None = None,
     around: Callable[..., Any] | None = None,
     front: int = 0,
+    penalty: Callable[..., jax.Array] | None = None,
+    wrap: Callable[[Any, int], Any] | None = None,
     draws: bool = False,
     adapter: str = "default",
     needs: str = "product",
@@ -54,7 +56,8 @@ def per_kernel(
       targets: what must match besides, and what an error of no match speaks of.
       shared: (key, [(in, out) of every targeted kernel]) -> leaves that all sites share.
       move: (theta at init, Kernel) -> the kernel that the base holds from then on.
-      around, front: as in Method.
+      around, front, wrap: as in Method.
+      penalty: theta of one site -> scalar; training adds the mean over all sites and layers to the loss.
       draws: call draws random numbers from ctx.key, which then differs from layer to layer.
       adapter: the name under which the leaves lie.
       needs: what call needs of the base: "product", "norms" or "dense".
@@ -124,6 +127,19 @@ def per_kernel(
             raise ValueError(f"fold: the tree holds no leaves of {name!r} ({adapter!r}) to fold")
         return tree.unflatten(flat)
 
+    def penalty_tree(params, sites):
+        assert penalty is not None
+        flat = tree.flatten(params)
+        common, each = _take(flat, None, name, adapter), []
+        for site in sites.values():
+            if theta := _take(flat, site, name, adapter):
+                n = len(site.layers)
+                stacked = {leaf: x.reshape(n, *x.shape[len(site.stack) :]) for leaf, x in theta.items()}
+                on = stacked.get("on", jnp.ones(n, bool))
+                each.append((jax.vmap(lambda t: penalty({**common, **t}))(stacked), on))
+        values, on = (jnp.concatenate(x) for x in zip(*each, strict=True))
+        return jnp.sum(jnp.where(on, values, 0)) / jnp.sum(on)
+
     def call_site(leaves, x, k, ctx, where):
         theta, ctx = _enter(leaves, name, adapter, ctx, where)
         y = call(_cast(theta, k.w.dtype), x, k, ctx)
@@ -137,6 +153,8 @@ def per_kernel(
         move=None if move is None else move_tree,
         around=around,
         front=front,
+        penalty=None if penalty is None else penalty_tree,
+        wrap=wrap,
         axes=axes,
         settings=chosen,
         needs=needs,

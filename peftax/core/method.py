@@ -63,6 +63,8 @@ class Method:
     move:   (params with theta, sites) -> params whose base stands where theta began; None when the base stays.
     around: (run, args, kwargs, ctx) -> what run(args, kwargs, ctx) returns, changed: a whole forward pass.
     front:  virtual tokens that it puts before the first, which a cache has to hold.
+    penalty: (params, sites) -> scalar that training adds to the mean loss.
+    wrap:   (optimizer, steps of the run) -> an optimizer that sees the raw gradients and the whole trainable tree.
     parts:  the methods that a chain holds; itself otherwise.
     """
 
@@ -75,6 +77,8 @@ class Method:
     around: Callable[..., Any] | None = None
     front: int = 0
     axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    penalty: Callable[..., jax.Array] | None = None
+    wrap: Callable[[Any, int], Any] | None = None
     settings: Callable[[str, str], dict[str, Any] | None] | None = None
     chosen: Callable[[str], bool] | None = None
     needs: str = "product"
@@ -103,12 +107,22 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
             params = method.move(params, sites) if method.move else params
         return params
 
+    def penalty(params, sites):
+        return sum((m.penalty(params, sites) for m in methods if m.penalty), start=jnp.float32(0))
+
+    def wrap(optimizer, steps):
+        for method in methods:
+            optimizer = method.wrap(optimizer, steps) if method.wrap else optimizer
+        return optimizer
+
     return Method(
         name=name or "+".join(m.name for m in methods),
         init=init,
         fold=None if any(m.fold is None for m in methods) else fold,
         move=move if any(m.move for m in methods) else None,
         front=sum(m.front for m in methods),
+        penalty=penalty if any(m.penalty for m in methods) else None,
+        wrap=wrap if any(m.wrap for m in methods) else None,
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
         config=config or {},

@@ -96,13 +96,13 @@ def _in_order(layers: Mapping[str, Any]) -> list[str]:
     return list(layers) if None in numbers.values() else sorted(layers, key=numbers.__getitem__)
 
 
-def _pack(layers: hf.Layers) -> dict[str, np.ndarray]:
+def _pack(layers: hf.Layers, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """[length, layers x 2 x width]: keys and values of the first layer, of the second, ..."""
     parts = [layers[name][leaf] for name in _in_order(layers) for leaf in ("k", "v")]
     return {"prompt_embeddings": np.concatenate(parts, axis=1)}
 
 
-def _unpack(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Mapping[str, tuple]]) -> hf.Layers:
+def _unpack(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], config: Mapping[str, Any]) -> hf.Layers:
     names = _in_order(shapes)
     parts = np.split(tensors["prompt_embeddings"], 2 * len(names), axis=1)
     return {name: {"k": parts[2 * i], "v": parts[2 * i + 1]} for i, name in enumerate(names)}

@@ -128,12 +128,12 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_virtual_tokens": config["length"], "prompt_tuning_init": "RANDOM", "num_transformer_submodules": 1}
 
 
-def _pack(layers: hf.Layers) -> dict[str, Any]:
+def _pack(layers: hf.Layers, config: Mapping[str, Any]) -> dict[str, Any]:
     ((_, leaves),) = layers.items()
     return {"prompt_embeddings": leaves["p"]}
 
 
-def _unpack(tensors: Mapping[str, Any], shapes: Mapping[str, Mapping[str, tuple]]) -> hf.Layers:
+def _unpack(tensors: Mapping[str, Any], shapes: Mapping[str, Any], config: Mapping[str, Any]) -> hf.Layers:
     (name,) = shapes
     return {name: {"p": tensors["prompt_embeddings"]}}
 

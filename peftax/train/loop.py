@@ -55,7 +55,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     show(run)
 
     # --- optimizer and step -----------------------------------------------------------------------
-    optimizer, schedule = optimizers.from_config(config["optimizer"], steps=c["steps"])
+    optimizer, schedule = optimizers.from_config(config["optimizer"], steps=c["steps"], method=run.method)
     state = jax.eval_shape(lambda t: State.create(t, optimizer), run.part.trainable)
     trainable_places = base.places(run.part.trainable, run.method)
     places = state_shardings(state, trainable_places, optimizer, NamedSharding(base.mesh, PartitionSpec()))
@@ -63,13 +63,15 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     def objective(apply, params, batch, ctx):
         return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
 
-    dropout = config["method"].get("dropout", 0.0) > 0
+    dropout = any(value for key, value in config["method"].items() if key.endswith("dropout"))
+    penalty = run.method.penalty
     step_fn = make_step(
         run.apply,
         objective,
         optimizer,
         accumulate=c["accumulate"],
         dropout_seed=c["dropout_seed"] if dropout else None,
+        penalty=None if penalty is None else lambda params: penalty(params, base.sites),
         shardings=places,
     )
     rows = PartitionSpec(("data", "fsdp"))

@@ -67,14 +67,14 @@ class Need:
 def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     """What a step of this config needs; `run` may be a sketch. One trace, nothing is compiled or computed."""
     c, data = config["train"], config["data"]
-    optimizer, _ = optimizers.from_config(config["optimizer"], steps=c["steps"])
+    optimizer, _ = optimizers.from_config(config["optimizer"], steps=c["steps"], method=run.method)
     rows, length = c["batch_size"], data["train_length"] or data["length"]
     shapes = tree.abstract({"frozen": run.part.frozen, "trainable": run.part.trainable})
     state = jax.eval_shape(lambda t: State.create(t, optimizer), shapes["trainable"])
     batch = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "positions")}
     batch["segment_ids"] = batch["tokens"]
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    dropout = config["method"].get("dropout", 0.0) > 0
+    dropout = any(value for key, value in config["method"].items() if key.endswith("dropout"))
 
     def total(trainable, frozen, batch):
         ctx = Ctx(key=jax.random.key(0)) if dropout else None

@@ -7,9 +7,13 @@ from typing import Any
 
 import optax
 
+from peftax.core.method import Method
 
-def from_config(config: Mapping[str, Any], *, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(optimizer, its learning rate by step) of a config's optimizer section."""
+
+def from_config(
+    config: Mapping[str, Any], *, steps: int, method: Method
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """(optimizer, its learning rate by step) of a config's optimizer section, as the method wants it."""
     o = dict(config)
     rate = schedule(
         name=o.pop("schedule"),
@@ -18,7 +22,8 @@ def from_config(config: Mapping[str, Any], *, steps: int) -> tuple[optax.Gradien
         warmup_steps=o.pop("warmup_steps"),
         final_fraction=o.pop("final_fraction"),
     )
-    return make(schedule=rate, **o), rate
+    optimizer = make(schedule=rate, **o)
+    return optimizer if method.wrap is None else method.wrap(optimizer, steps), rate
 
 
 def schedule(

@@ -46,6 +46,7 @@ def make_step(
     *,
     accumulate: int = 1,
     dropout_seed: int | None = None,
+    penalty: Callable[[Any], jax.Array] | None = None,
     shardings: State | None = None,
 ) -> Callable[[State, Mapping[str, Any], Any], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; frozen never is.
@@ -55,6 +56,7 @@ def make_step(
       loss: (apply, params, batch, ctx) -> (sum, weight); the gradient is of sum / weight over the whole batch.
       accumulate: k > 1: batch leaves are [k, b, ...]; equals one batch of k·b, since sums and weights add up first.
       dropout_seed: None trains without dropout.
+      penalty: params -> scalar, added to the mean loss.
       shardings: of the state; pinned on the way out, so that the second step finds the first one's program.
 
     Returns:
@@ -64,7 +66,9 @@ def make_step(
 
     def total(trainable, frozen, batch, key):
         ctx = None if key is None else Ctx(key=key)
-        return loss(apply, tree.merge(frozen, trainable), batch, ctx)
+        params = tree.merge(frozen, trainable)
+        value, weight = loss(apply, params, batch, ctx)
+        return value if penalty is None else value + weight * penalty(params), weight
 
     grad = jax.value_and_grad(total, has_aux=True)
 

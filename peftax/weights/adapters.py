@@ -67,7 +67,7 @@ def load(
             continue
         slots = list(_slots(theta, piece, method, sites))
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
-        for slot, value in _unpack(tensors, wanted, piece, folder):
+        for slot, value in _unpack(tensors, wanted, piece, method.config, folder):
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
@@ -113,7 +113,7 @@ def save(
         slots = {(s.name, s.leaf): s for s in _slots(theta, piece, method, sites)}
         layers: hf.Layers = {}
         for slot in slots.values():
-            value = np.asarray(jax.device_get(theta[slot.path])).astype(np.float32)[slot.index]
+            value = _numbers(theta[slot.path])[slot.index]
             layers.setdefault(slot.name, {})[slot.leaf] = value
         form = _form(piece)
         if piece.move is not None and any(map(tree.is_packed, frozen.values())):
@@ -124,10 +124,10 @@ def save(
             )
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
-        tensors |= _pack(layers, slots, piece, trainable)
+        tensors |= _pack(layers, slots, piece, trainable, config)
     for path, leaf in trainable.items():
         if path not in theta:
-            value = np.asarray(jax.device_get(leaf)).astype(np.float32)
+            value = _numbers(leaf)
             for key, index, own in _whole(path, leaf, method, sites):
                 tensors[key] = own.to_file(value[index])
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
@@ -186,6 +186,12 @@ def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites
             yield _Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind)
 
 
+def _numbers(leaf: Any) -> np.ndarray:
+    """A leaf on the host; floating numbers are float32 in every file."""
+    value = np.asarray(jax.device_get(leaf))
+    return value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+
 def _form(piece: Method) -> hf.Format | None:
     return getattr(methods.module(piece.name), "HF", None)
 
@@ -210,10 +216,10 @@ def _turned(shape_or_array: Any, piece: Method) -> Any:
     return shape_or_array.T if shape_or_array.ndim == 2 else shape_or_array
 
 
-def _pack(layers: hf.Layers, slots, piece: Method, trainable) -> dict[str, np.ndarray]:
+def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[str, np.ndarray]:
     form = _form(piece)
     if form is not None and form.pack is not None:
-        return form.pack(layers)
+        return form.pack(layers, config)
     tensors = {}
     for name, leaves in layers.items():
         for leaf, value in leaves.items():
@@ -227,14 +233,16 @@ def _pack(layers: hf.Layers, slots, piece: Method, trainable) -> dict[str, np.nd
     return tensors
 
 
-def _unpack(tensors: dict[str, np.ndarray], slots, piece: Method, folder: Path) -> Iterator[tuple[_Slot, np.ndarray]]:
+def _unpack(
+    tensors: dict[str, np.ndarray], slots, piece: Method, config, folder: Path
+) -> Iterator[tuple[_Slot, np.ndarray]]:
     form = _form(piece)
     if form is not None and form.unpack is not None:
         shapes: dict[str, dict[str, tuple]] = {}
         for slot in slots:
             shapes.setdefault(slot.name, {})[slot.leaf] = slot.shape
         try:
-            layers = form.unpack(tensors, shapes)
+            layers = form.unpack(tensors, shapes, config)
         except KeyError as error:
             near = tree.nearest(str(error.args[0]), tensors, 1)
             raise ValueError(f"{folder}: holds no tensor {error}; the nearest: {near}") from None

@@ -20,14 +20,14 @@ from peftax.train import loss
 from peftax.train.step import State, make_step
 from tests.methods import tiny
 
-NAMES = [n for n in methods.names() if any(m.call for m in parts(methods.make(n)))]
+NAMES = [n for n in methods.names() if any(m.call for m in parts(tiny.method(n)))]
 # what may stand for a stack without being a new array of its size
 SAME = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "copy-done", "opt-barrier"}
 
 
 class Step:
     def __init__(self, name: str, remat: str):
-        self.method = methods.make(name, **({"dropout": 0.1} if "dropout" in methods.defaults(name) else {}))
+        self.method = tiny.method(name, **({"dropout": 0.1} if "dropout" in methods.defaults(name) else {}))
         part = jax.eval_shape(lambda p: self.method.init(jax.random.key(0), p, tiny.found()), tiny.params())
         optimizer = optax.adam(1e-3)
         apply = injection.inject(tiny.model(remat=remat).apply, self.method)
@@ -59,14 +59,21 @@ def test_no_array_of_a_whole_stack_is_made(step):
 
 
 def test_kernels_are_read_at_most_three_times(step):
-    """Products with an operand of a kernel's shape, in the step's own program: forward, backward, one more."""
+    """Products with an operand of a kernel's shape, in the step's own program: forward, backward, one more.
+
+    A method that needs the dense kernel makes a temporary, whose slopes are of that shape too.
+    """
     sizes = collections.Counter(tuple(sorted(shape[1:])) for shape in step.stacks().values())
     reads = collections.Counter()
     for shapes in _products(step.jaxpr.jaxpr):
         for size in sizes:
             reads[size] += any(tuple(sorted(shape)) == size for shape in shapes)
     for size, kernels in sizes.items():
-        assert 2 * kernels <= reads[size] <= 3 * kernels, (size, kernels, reads[size])
+        assert 2 * kernels <= reads[size] <= (6 if step.method.needs == "dense" else 3) * kernels, (
+            size,
+            kernels,
+            reads[size],
+        )
 
 
 def test_state_is_given_back_in_place(step):

@@ -32,7 +32,7 @@ class Case:
     def __init__(self, name: str):
         known = methods.defaults(name)
         self.name, self.drops = name, "dropout" in known
-        self.method = methods.make(name, **({"dropout": 0.3} if self.drops else {}))
+        self.method = tiny.method(name, **({"dropout": 0.3} if self.drops else {}))
         self.acting = [m for m in parts(self.method) if m.call is not None]
         self.sites = tiny.found()
 
@@ -298,7 +298,7 @@ def test_6_layers_that_are_no_targets_stay_as_they_are(case):
     """Scanned layers share leaves; those of a layer that is no target do nothing and do not train."""
     if "layers" not in methods.defaults(case.name):
         pytest.skip(f"{case.name} has no choice of layers")
-    method = methods.make(case.name, layers=[1])
+    method = tiny.method(case.name, layers=[1])
     part = jax.jit(lambda key, p: method.init(key, p, case.sites))(jax.random.key(0), tiny.params())
     trainable = tiny.perturb(part.trainable)
     first = {p: x for p, x in tree.flatten(trainable).items() if p.startswith("model/layers/")}
@@ -329,7 +329,7 @@ def test_6_layers_that_are_no_targets_stay_as_they_are(case):
 def test_6_a_pattern_that_matches_nothing(case):
     if "targets" not in methods.defaults(case.name):
         pytest.skip(f"{case.name} has no targets")
-    method = methods.make(case.name, targets="no_such_module")
+    method = tiny.method(case.name, targets="no_such_module")
     with pytest.raises(
         ValueError, match=f"{case.name}: (targets match no module; nearest|nothing is chosen; the leaves)"
     ):

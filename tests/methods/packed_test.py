@@ -51,7 +51,7 @@ def unpacked(params):
 
 class Case:
     def __init__(self, name):
-        self.method = methods.make(name)
+        self.method = tiny.method(name)
         init = jax.jit(lambda key, p: self.method.init(key, p, found()))
         part = init(jax.random.key(0), base())
         self.frozen, self.trainable = part.frozen, tiny.perturb(part.trainable)

@@ -17,6 +17,7 @@ from peftax import methods
 from peftax.core import injection, sites, tree
 from peftax.core.method import parts
 from tests.core import toys
+from tests.methods import tiny
 
 
 class Mlp(nn.Module):
@@ -122,10 +123,10 @@ class Case:
     def __init__(self, model: str, name: str):
         self.name, (self.model, self.x, block) = name, MODELS[model]
         self.params, self.sites = found(model)
-        self.method = methods.make(name)
+        self.method = tiny.method(name, sizes="TOY")
         if "targets" in methods.defaults(name):
             around = any(m.on == "block" for m in parts(self.method))
-            self.method = methods.make(name, targets=block if around else ".*")
+            self.method = tiny.method(name, sizes="TOY", targets=block if around else ".*")
         self.acting = [m for m in parts(self.method) if m.call is not None]
 
     @property
@@ -197,7 +198,7 @@ def test_no_target_is_an_error_that_names_what_there_is(any_case):
 def test_default_targets(any_case):
     """They are found, or the error names modules of this model."""
     _, case = any_case
-    method = methods.make(case.name)
+    method = tiny.method(case.name, sizes="TOY")
     names = {s.template.replace("/", ".") for s in (*case.sites.values(), *case.sites.blocks.values())}
     try:
         trainable = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, case.sites), case.params).trainable
@@ -270,7 +271,7 @@ def test_one_target_by_name(model, name):
     places = case.sites.blocks if part.on == "block" else case.sites
     reached = {n: p for p in places.values() for n in p.names if part.settings(n, p.kind) is not None}
     for wanted in (min(reached), max(reached)):
-        method = methods.make(name, targets=re.escape(wanted))
+        method = tiny.method(name, sizes="TOY", targets=re.escape(wanted))
         if part.on == "block" and reached[wanted].stack:
             with pytest.raises(ValueError, match=re.escape(wanted)):  # a block's stack is reached whole
                 jax.eval_shape(lambda p, m=method: m.init(jax.random.key(0), p, case.sites), case.params)

@@ -1,12 +1,14 @@
 """A tiny Llama whose sizes are all different, with biases, grouped heads and odd numbers."""
 
 import functools
+import importlib
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftax import models
+from peftax import methods, models
 from peftax.core import sites, tree
 from peftax.data.chat import Example
 from peftax.data.packing import pack, pad
@@ -31,6 +33,13 @@ LENGTH = 22
 @functools.cache
 def model(scan=True, remat="none"):
     return models.build(CONFIG, scan=scan, remat=remat)
+
+
+def method(name, *, sizes="SMALL", **settings):
+    """A method with its defaults, or what its own test says for small sizes: SMALL (this model), TOY (a few units)."""
+    at = f"tests.methods.{name}_test"
+    fits = getattr(importlib.import_module(at), sizes, {}) if importlib.util.find_spec(at) else {}
+    return methods.make(name, **{**fits, **settings})
 
 
 @functools.cache
