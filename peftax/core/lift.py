@@ -129,6 +129,7 @@ def per_kernel(
 
     def penalty_tree(params, sites):
         assert penalty is not None
+        one = penalty
         flat = tree.flatten(params)
         common, each = _take(flat, None, name, adapter), []
         for site in sites.values():
@@ -136,7 +137,7 @@ def per_kernel(
                 n = len(site.layers)
                 stacked = {leaf: x.reshape(n, *x.shape[len(site.stack) :]) for leaf, x in theta.items()}
                 on = stacked.get("on", jnp.ones(n, bool))
-                each.append((jax.vmap(lambda t: penalty({**common, **t}))(stacked), on))
+                each.append((jax.vmap(lambda t: one({**common, **t}))(stacked), on))
         values, on = (jnp.concatenate(x) for x in zip(*each, strict=True))
         return jnp.sum(jnp.where(on, values, 0)) / jnp.sum(on)
 
