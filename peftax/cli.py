@@ -117,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", required=True, help="adapter folder or adapter_config.json")
     sub.add_argument("--json", action="store_true")
 
-    command(methods, "a Markdown table of the methods and of LoRA's starts, from their files")
+    sub = command(methods, "all methods and LoRA's starts as Markdown tables, or one method whole")
+    sub.add_argument("name", nargs="?", help="a method to show whole")
+    sub.add_argument("--into", type=Path, help="a page: renew the short table between its <!-- methods --> marks")
 
     sub = command(verify, "compare an adapter's logits with expected ones")
     sub.add_argument("--base", help="Hugging Face folder or file of the base")
@@ -257,41 +259,12 @@ def count(args) -> None:
 
 
 def methods(args) -> None:
-    from peftax import methods as files
-    from peftax.methods import inits
+    from peftax import catalog
 
-    print("# Methods\n\n| method | | trains | folds | PEFT type | needs of the base | source |")
-    print("|---|---|---|---|---|---|---|")
-    for name in files.names():
-        file, method = files.module(name), files.make(name)
-        form = getattr(file, "HF", None)
-        trains = re.search(r"Trainable ?((?:per \w+)?: .*?)\.\n", file.__doc__, re.DOTALL)
-        cells = (
-            f"`{name}`",
-            _about(file),
-            " ".join(trains[1].lstrip(": ").split()) if trains else "",
-            "no" if method.fold is None else "yes",
-            f"`{form.peft_type}`" if form else "",
-            method.needs,
-            _paper(file),
-        )
-        print(f"| {' | '.join(cells)} |")
-    print("\n## LoRA's `init`\n\n| init | | moves the base | source |")
-    print("|---|---|---|---|")
-    for name in inits.names():
-        file = inits.module(name)
-        print(f"| `{name}` | {_about(file)} | {'yes' if file.MOVES else 'no'} | {_paper(file)} |")
-
-
-def _about(file) -> str:
-    """The first line of a file's text."""
-    return file.__doc__.partition("\n")[0].rstrip(".").replace("|", "\\|")
-
-
-def _paper(file) -> str:
-    """The first link of a file's text."""
-    found = re.search(r"https?://[^\s,;)]+", file.__doc__)
-    return f"[{found[0].rsplit('/', 1)[-1].rstrip('.')}]({found[0].rstrip('.')})" if found else ""
+    if args.into:
+        args.into.write_text(catalog.with_short_table(args.into.read_text()))
+    else:
+        print(catalog.page(args.name) if args.name else catalog.tables())
 
 
 def verify(args) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import peftax
-from peftax import cli, methods, recipe
+from peftax import catalog, cli, methods, recipe
 from peftax.core.method import Method
 from peftax.data import packing
 from peftax.methods import inits
@@ -155,6 +155,17 @@ def test_the_table_of_methods(capsys):
     table = capsys.readouterr().out
     assert (DOCS / "methods.md").read_text() == table, "peftax methods > docs/methods.md"
     assert [m[1] for m in re.finditer(r"^\| `(\w+)` ", table, re.M)] == [*methods.names(), *inits.names()]
+    readme = (ROOT / "README.md").read_text()
+    assert readme == catalog.with_short_table(readme), "peftax methods --into README.md"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_shown_whole(name, capsys):
+    assert cli.main(["methods", name]) == 0
+    page = capsys.readouterr().out
+    for key in methods.defaults(name):
+        assert re.search(rf"^  {key} .*  \S", page, re.M), f"{key} is explained"
+    assert re.search(r"^Learning rate: \S+ to \S+ \(.+\)\.$", page, re.M | re.DOTALL), "a range, and where it is from"
 
 
 def test_your_own_model():

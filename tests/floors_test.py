@@ -17,6 +17,7 @@ FLOORS = {
     "methods": 3,
     "weights": 4,
     "train": 5,
+    "catalog": 4,
     "plan": 6,
     "sweep": 6,
     "report": 6,

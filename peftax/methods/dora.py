@@ -8,6 +8,7 @@
   w2          : [out]  frozen f32, ‖W‖²
 
 Identity at init. Trainable per site: rank (in + out) + out.
+Learning rate: 1e-4 to 2e-4 (the authors' LLaMA runs).
 Source: https://arxiv.org/abs/2402.09353, eq. 5, and section 4.3 for the gradient.
 The norm needs no dense W + s A B: ‖W‖² + 2 s Σ_r B ⊙ (Aᵀ W) + s² Σ_r B ⊙ (Aᵀ A) B, rank more rows of the product.
 Departs: under dropout the kernel's own product keeps its input whole; Hugging Face PEFT scales a second product of

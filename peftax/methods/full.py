@@ -3,6 +3,7 @@
   W' = W,  all of W trainable
 
 Identity at init. Trainable: all, or what `targets` matches.
+Learning rate: 1e-6 to 1e-4 (a tenth of LoRA's: "LoRA Without Regret", Schulman et al. 2025).
 Source: none; it is what the papers compare with.
 """
 

@@ -7,6 +7,7 @@
   l_in  : [in, 1]   trainable f32, ones
 
 Identity at init. Trainable per site: out, or in.
+Learning rate: 1e-3 to 5e-3 (T-Few: 3e-3 under Adafactor; PEFT's MetaMathQA runs: 1e-3 and 5e-3).
 Source: https://arxiv.org/abs/2205.05638, section 3.3. Departs: the bias is scaled with the output, as in Hugging
 Face PEFT; the paper's model has none.
 """

@@ -6,6 +6,7 @@
   v : [length, key heads x head size]  trainable f32, N(0, 1)
 
 Not the identity at init. Trainable per layer: 2 x length x key heads x head size.
+Learning rate: 5e-5 to 5e-3 (the authors' GPT-2 runs: 5e-5; PEFT's MetaMathQA runs: 1e-3 and 5e-3).
 Source: https://arxiv.org/abs/2101.00190, eq. 3.
 Departs: no network behind the prefix while training (section 4.3); as in Hugging Face PEFT the tokens' positions begin
 after the prefix. Under a sliding window the prefix goes out of sight as tokens do. Nothing folds.

@@ -9,6 +9,7 @@
   up   : [rank, widest out]  frozen f32, shared by all sites, U(±sqrt(6 / rank)), from `seed`
 
 Identity at init. Trainable per site: rank + out.
+Learning rate: 1e-3 to 3e-3 (PEFT's MetaMathQA runs: 1e-3; PVeRA, its variant: 3e-3).
 Source: https://arxiv.org/abs/2310.11454, eq. 2 and section 3.2.
 Departs: A and B are the numbers that Hugging Face PEFT draws from the same seed, so that files of either need not
 hold them; they are sliced for smaller sites, as there.
