@@ -12,7 +12,7 @@ pytestmark = pytest.mark.aot
 RULES = (("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True}),)
 
 
-@pytest.fixture(scope="module", params=["v5e-4", "a100-1", "h100-8"])
+@pytest.fixture(scope="module", params=["v5e-4", "v6e-4", "a100-1", "h100-8"])
 def case(request):
     platform, devices_of, data, _ = CASES[request.param]
     if why := machines.missing(platform):
