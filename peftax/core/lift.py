@@ -38,10 +38,11 @@ def per_kernel(
     around: Callable[..., Any] | None = None,
     front: int = 0,
     penalty: Callable[..., jax.Array] | None = None,
-    wrap: Callable[[Any, int], Any] | None = None,
+    wrap: Callable[..., Any] | None = None,
     draws: bool = False,
     adapter: str = "default",
     needs: str = "product",
+    exact: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Method:
     """Lift functions of one kernel to a method over all sites that `settings` targets.
@@ -61,6 +62,7 @@ def per_kernel(
       draws: call draws random numbers from ctx.key, which then differs from layer to layer.
       adapter: the name under which the leaves lie.
       needs: what call needs of the base: "product", "norms" or "dense".
+      exact: leaves that call gets in float32, whatever the kernel's dtype is.
       config: what made this method, kept with its files.
 
     Returns:
@@ -143,7 +145,7 @@ def per_kernel(
 
     def call_site(leaves, x, k, ctx, where):
         theta, ctx = _enter(leaves, name, adapter, ctx, where)
-        y = call(_cast(theta, k.w.dtype), x, k, ctx)
+        y = call(_cast(theta, k.w.dtype, exact), x, k, ctx)
         return jnp.where(theta["on"], y, linear(x, k.w, k.b)) if "on" in theta else y
 
     return Method(
@@ -348,6 +350,11 @@ def _stack_padded(layers: list[Any]) -> Any:
         grown = [jnp.zeros(shape, x.dtype).at[tuple(slice(n) for n in x.shape)].set(x) for x in leaves]
         return jnp.stack(grown)
 
+    if any(jax.tree.structure(layer) != jax.tree.structure(layers[0]) for layer in layers):
+        raise ValueError(
+            "layers of one stack hold unlike leaves (a pattern gives them settings of unlike forms); build the model "
+            "with scan=False"
+        )
     return jax.tree.map(stacked, *layers)
 
 
@@ -393,8 +400,9 @@ def _enter(leaves: Leaves, name: str, adapter: str, ctx: Ctx, where: str) -> tup
     return theta, ctx
 
 
-def _cast(theta, dtype):
-    return {k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in theta.items()}
+def _cast(theta, dtype, exact=()):
+    short = {k for k, v in theta.items() if jnp.issubdtype(v.dtype, jnp.floating) and k not in exact}
+    return {k: v.astype(dtype) if k in short else v for k, v in theta.items()}
 
 
 def _chosen(targets: Targets | None, settings: Callable[[str, str], dict | None]):

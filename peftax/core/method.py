@@ -40,6 +40,19 @@ class Ctx:
         keep = jax.random.bernoulli(self.key, 1.0 - rate, x.shape)
         return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
+    def drop_outputs(self, y: jax.Array, rate: float, whole: float, *, even: bool = True) -> jax.Array:
+        """A site's update y [..., out] without a share `rate` of its outputs, the same for all rows; y in evaluation.
+
+        whole: the probability that nothing of it stays.
+        even: the outputs that stay make up for the others.
+        """
+        if self.key is None or rate == whole == 0.0:
+            return y
+        keep = jax.random.bernoulli(self.key, 1.0 - rate, y.shape[-1:]).astype(jnp.float32)
+        keep = keep / jnp.maximum(keep.mean(), 1 / keep.size) if even else keep
+        keep = keep * jax.random.bernoulli(jax.random.fold_in(self.key, 1), 1.0 - whole)
+        return y * keep.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
 
 @struct.dataclass
 class Kernel:
@@ -64,7 +77,7 @@ class Method:
     around: (run, args, kwargs, ctx) -> what run(args, kwargs, ctx) returns, changed: a whole forward pass.
     front:  virtual tokens that it puts before the first, which a cache has to hold.
     penalty: (params, sites) -> scalar that training adds to the mean loss.
-    wrap:   (optimizer, steps of the run) -> an optimizer that sees the raw gradients and the whole trainable tree.
+    wrap:   (optimizer, steps of the run, sites) -> an optimizer that sees raw gradients and the whole trainable tree.
     parts:  the methods that a chain holds; itself otherwise.
     """
 
@@ -78,7 +91,7 @@ class Method:
     front: int = 0
     axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     penalty: Callable[..., jax.Array] | None = None
-    wrap: Callable[[Any, int], Any] | None = None
+    wrap: Callable[..., Any] | None = None
     settings: Callable[[str, str], dict[str, Any] | None] | None = None
     chosen: Callable[[str], bool] | None = None
     needs: str = "product"
@@ -110,9 +123,9 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
     def penalty(params, sites):
         return sum((m.penalty(params, sites) for m in methods if m.penalty), start=jnp.float32(0))
 
-    def wrap(optimizer, steps):
+    def wrap(optimizer, steps, sites):
         for method in methods:
-            optimizer = method.wrap(optimizer, steps) if method.wrap else optimizer
+            optimizer = method.wrap(optimizer, steps, sites) if method.wrap else optimizer
         return optimizer
 
     return Method(

@@ -17,14 +17,12 @@ hold them; they are sliced for smaller sites, as there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from peftax.core import hf, lift
+from peftax.core import draws, hf, lift
 from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Targets
 from peftax.ops.product import last, linear, matmul
@@ -57,9 +55,9 @@ def vera(
 
     def shared(key, shapes: Sequence[tuple[int, int]]):
         widest_in, widest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
-        draw = np.random.RandomState(seed)
-        down = _uniform(draw, (rank, widest_in), math.sqrt(6 / widest_in)).T
-        up = _uniform(draw, (widest_out, rank), math.sqrt(6 / rank)).T
+        draw, down, up = draws.Generator(seed), draws.kaiming_bound(widest_in), draws.kaiming_bound(rank)
+        down = draw.uniform((rank, widest_in), -down, down).T
+        up = draw.uniform((widest_out, rank), -up, up).T
         return {"frozen": {"down": jnp.asarray(down), "up": jnp.asarray(up)}}
 
     def projections(theta, k: Kernel):
@@ -89,13 +87,6 @@ def vera(
         adapter=adapter,
     )
     return lift.with_base(adapted, target, bias=bias, config=config)
-
-
-def _uniform(draw: np.random.RandomState, shape: tuple[int, int], bound: float) -> np.ndarray:
-    """What torch's `uniform_(-bound, bound)` on the CPU fills a tensor with: 24 bits of each 32-bit draw."""
-    raw = draw.randint(0, 2**32, size=shape, dtype=np.uint32)
-    unit = (raw & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
-    return unit * np.float32(2 * bound) - np.float32(bound)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,9 +65,12 @@ def load(
     for piece in parts(method):
         if piece.call is None:
             continue
+        form = _form(piece)
+        if form is not None and form.opened is not None:
+            tensors = form.opened(tensors, method.config)
         slots = list(_slots(theta, piece, method, sites))
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
-        for slot, value in _unpack(tensors, wanted, piece, method.config, folder):
+        for slot, value in _unpack(tensors, wanted, piece, trainable, method.config, folder):
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
@@ -125,6 +128,8 @@ def save(
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
         tensors |= _pack(layers, slots, piece, trainable, config)
+        if form is not None and form.closed is not None:
+            tensors = form.closed(tensors, config)
     for path, leaf in trainable.items():
         if path not in theta:
             value = _numbers(leaf)
@@ -234,7 +239,7 @@ def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[st
 
 
 def _unpack(
-    tensors: dict[str, np.ndarray], slots, piece: Method, config, folder: Path
+    tensors: dict[str, np.ndarray], slots, piece: Method, trainable, config, folder: Path
 ) -> Iterator[tuple[_Slot, np.ndarray]]:
     form = _form(piece)
     if form is not None and form.unpack is not None:
@@ -260,7 +265,7 @@ def _unpack(
         key = _file_key(slot, piece)
         if key is None:
             raise Unsupported(f"{slot.path}: {form.peft_type} has no file form here for a {slot.kind} site")
-        if slot.kind == "shared" and key not in tensors:
+        if slot.kind == "shared" and slot.path not in trainable and key not in tensors:
             continue  # the file leaves it to its seed
         yield slot, _turned(_taken(tensors, key, _turned(slot.shape, piece), folder), piece)
 
