@@ -26,6 +26,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
 
     config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
+    # What method.init="eva" is made from: one look at the first training batches, which are trained on all the same.
+    config.calibration = ml_collections.ConfigDict()
+    config.calibration.batches = 16  # at most
+    config.calibration.tau = 0.99  # fewer where all directions of two looks have this cosine; None looks at all
+    config.calibration.rho = 2.0  # a site's rank grows to at most this many times; 1.0: all keep theirs
+    config.calibration.adjust = True  # alpha grows with the rank, so that the scale stays
+    config.calibration.learned = True  # only tokens whose next one counts in the loss; False: all but padding
+    config.calibration.whiten = False  # divide each direction by the root of its singular value
     config.warm_start = None  # an adapter folder whose values the run starts from
 
     config.data = ml_collections.ConfigDict()
@@ -44,12 +52,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.seed = 0  # order of examples and rows
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd"
+    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd" | "lora_fa": AdamW for lora with freeze_a, see there
     config.optimizer.learning_rate = 1e-3  # the peak
     config.optimizer.schedule = "cosine"  # after warmup: "cosine" | "linear" | "constant"
     config.optimizer.warmup_steps = 0
     config.optimizer.final_fraction = 0.0  # of the peak, where the schedule ends
     config.optimizer.weight_decay = 0.0
+    config.optimizer.no_decay = ()  # regexes found in the paths of leaves that it passes by: ("/bias$", "norm/")
+    # Other learning rates for some leaves: ((regex found in a leaf's path, factor), ...), the first match wins. LoRA+
+    # with its ratio of 16 is (("/lora/.*/b$", 16.0),); the paths are those that `peftax inspect` prints.
+    config.optimizer.factors = ()
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8

@@ -3,12 +3,13 @@
   y  = x W + s (x A) B          s = alpha / rank,  with rank_stabilized alpha / sqrt(rank)
   W' = W + s A B
 
-  a      : [in, rank]   trainable f32, U(±1/sqrt(in)) or as `init` says; zeros on an embedding
+  a      : [in, rank]   trainable f32, init_scale times U(±1/sqrt(in)) or as `init` says; zeros on an embedding;
+                        frozen with `freeze_a`
   b      : [rank, out]  trainable f32, zeros or as `init` says; N(0, 1) on an embedding
   scale  : []           frozen f32, s
   a0, b0 : as a, b      frozen f32, what moved the base; only where `init` moves it
 
-Identity at init. Trainable per site: rank (in + out).
+Identity at init. Trainable per site: rank (in + out); with `freeze_a` rank out.
 Learning rate: 1e-4 to 1e-3 (paper, appendix D: 1e-4 to 5e-4; "LoRA Without Regret": ten times full fine-tuning's).
 Source: https://arxiv.org/abs/2106.09685, eq. 3; rank_stabilized: https://arxiv.org/abs/2312.03732, eq. 4.
 Departs: dropout acts on x before A, as in microsoft/LoRA and Hugging Face PEFT; the paper has none.
@@ -41,6 +42,8 @@ def lora(
     rank_stabilized: bool = False,  # scale by alpha / sqrt(rank) instead of alpha / rank
     dropout: float = 0.0,  # probability, on the input of A
     init: str = "kaiming",  # where linear sites start: a file of methods/inits; pissa and olora move the base
+    init_scale: float = 1.0,  # times the start of A
+    freeze_a: bool = False,  # LoRA-FA: only B trains, best with config.optimizer.name="lora_fa"
     targets: str | Sequence[str] = "all-linear",  # regex over whole names | names and suffixes | "all-linear"
     exclude: str | Sequence[str] | None = None,  # the same forms; wins
     layers: int | Sequence[int] | None = None,  # layer numbers; None takes all
@@ -72,10 +75,15 @@ def lora(
         else:
             which = begin if k.kind == "linear" else inits.module("kaiming")
             a, b = getattr(which, which.__name__.rpartition(".")[2])(key, dense(k.w), rank, scale)
+            a = init_scale * a
         if begin.MOVES:
             still = 1.0 if k.kind == "linear" else 0.0
             frozen |= {"a0": still * a, "b0": still * b}
-        return {"trainable": {"a": a, "b": b}, "frozen": frozen}
+        if not freeze_a:
+            return {"trainable": {"a": a, "b": b}, "frozen": frozen}
+        if k.kind == "embed":
+            raise ValueError("lora: freeze_a would leave nothing to learn on an embedding, whose A starts at zero")
+        return {"trainable": {"b": b}, "frozen": {**frozen, "a": a}}
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         if k.kind == "embed":

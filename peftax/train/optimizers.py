@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from peftax.core import tree
 from peftax.core.method import Method
+from peftax.core.sites import Sites
+
+Factors = Mapping[str, float] | Sequence[tuple[str, float]]
 
 
 def from_config(
-    config: Mapping[str, Any], *, steps: int, method: Method
+    config: Mapping[str, Any], *, steps: int, method: Method, sites: Sites
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """(optimizer, its learning rate by step) of a config's optimizer section, as the method wants it."""
     o = dict(config)
@@ -23,7 +31,7 @@ def from_config(
         final_fraction=o.pop("final_fraction"),
     )
     optimizer = make(schedule=rate, **o)
-    return optimizer if method.wrap is None else method.wrap(optimizer, steps), rate
+    return optimizer if method.wrap is None else method.wrap(optimizer, steps, sites), rate
 
 
 def schedule(
@@ -54,17 +62,126 @@ def make(
     name: str = "adamw",
     schedule: optax.Schedule,
     weight_decay: float = 0.0,
+    no_decay: Sequence[str] = (),
+    factors: Factors = (),
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """ "adamw" | "adam" | "sgd" behind clipping of the global norm (None: no clipping)."""
+    """ "adamw" | "adam" | "sgd" | "lora_fa", behind clipping of the global norm (None: no clipping).
+
+    Args:
+      no_decay: regexes found in the paths of leaves that weight decay passes by.
+      factors: ((regex found in a leaf's path, factor of its learning rate), ...); the first match wins.
+    """
+    decayed = functools.partial(_decayed, patterns=tuple(no_decay))
     rules = {
-        "adamw": lambda: optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        "adamw": lambda: optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
         "adam": lambda: optax.adam(schedule, b1=b1, b2=b2, eps=eps),
         "sgd": lambda: optax.sgd(schedule),
+        "lora_fa": lambda: lora_fa(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     }
     if name not in rules:
         raise ValueError(f"optimizer.name {name!r} is none of {', '.join(rules)}")
-    return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), rules[name]())
+    clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
+    return optax.chain(clipping, rules[name](), *([scale_by_path(factors)] if factors else []))
+
+
+# --- leaves by path -------------------------------------------------------------------------------
+
+
+def scale_by_path(factors: Factors) -> optax.GradientTransformation:
+    """Updates times the factor of the first regex that is found in their leaf's path.
+
+    Behind a whole rule it is another learning rate there, decay included: LoRA+ (https://arxiv.org/abs/2402.12354)
+    is {"/lora/.*/b$": 16}.
+    """
+    pairs = tuple(factors.items()) if isinstance(factors, Mapping) else tuple(tuple(pair) for pair in factors)
+
+    def factor(path: str) -> float:
+        return next((f for pattern, f in pairs if re.search(pattern, path)), 1.0)
+
+    def init(params) -> optax.EmptyState:
+        _check("factors", [pattern for pattern, _ in pairs], tree.flatten(params))
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+        scaled = {path: u if factor(path) == 1 else factor(path) * u for path, u in tree.flatten(updates).items()}
+        return tree.unflatten(scaled), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _decayed(params, *, patterns: Sequence[str]) -> Any:
+    """Which leaves weight decay acts on."""
+    flat = tree.flatten(params)
+    _check("no_decay", patterns, flat)
+    return tree.unflatten({path: not any(re.search(p, path) for p in patterns) for path in flat})
+
+
+def _check(key: str, patterns: Sequence[str], paths: Mapping[str, Any]) -> None:
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            near = tree.nearest(pattern, paths)
+            raise ValueError(f"optimizer.{key}: {pattern!r} is found in no trainable leaf's path; the nearest: {near}")
+
+
+# --- LoRA-FA --------------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    step: jax.Array
+    mean: Any
+    square: Any
+
+
+def lora_fa(
+    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on B's gradient as it stands for the whole update's, where A is frozen (Zhang et al., 2023).
+
+      g <- (Aᵀ A + 1e-8)⁻¹ g / s²                        of each `b` beside a frozen `a` and `scale`
+      u = -η_t sqrt(1 - b2^t) / (1 - b1^t) · m / (sqrt(v) + eps),   then -η_t weight_decay (p + u) more
+
+    As Hugging Face PEFT's LoraFAOptimizer: eps stands beside a square root that is not corrected, and decay comes
+    after the update. Source: https://arxiv.org/abs/2308.03303; the projection: https://arxiv.org/abs/2407.18242.
+    Departs: PEFT multiplies by the inverse in bf16 where the machine has it; here it is f32.
+    """
+
+    def init(params) -> Moments:
+        flat = tree.flatten(params)
+        a = next((path for path in flat if path.endswith("/a") and "/lora/" in path), None)
+        if a is not None:
+            raise ValueError(f"optimizer lora_fa: {a!r} would train; set config.method.freeze_a=True")
+        if not any(path.endswith("/b") and "/lora/" in path for path in flat):
+            raise ValueError("optimizer lora_fa: no trainable leaf is LoRA's b; the nearest is adamw")
+        return Moments(jnp.int32(0), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def project(path: str, g: jax.Array, frozen: Mapping[str, jax.Array]) -> jax.Array:
+        place, _, leaf = path.rpartition("/")
+        if leaf != "b" or "/lora/" not in path:
+            return g
+        a, scale = frozen[f"{place}/a"], frozen[f"{place}/scale"][..., None, None]
+        gram = jnp.einsum("...ir,...is->...rs", a, a)
+        gram += 1e-8 * jnp.broadcast_to(jnp.eye(a.shape[-1]), gram.shape)
+        return jnp.linalg.solve(gram, g) / jnp.square(scale)
+
+    def update(grads, state: Moments, params=None, *, frozen, **more):
+        del more
+        held = tree.flatten(frozen)
+        grads = tree.unflatten({path: project(path, g, held) for path, g in tree.flatten(grads).items()})
+        step = state.step + 1
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
+        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, grads)
+        rate = schedule(state.step)
+        size = rate * jnp.sqrt(1 - b2**step) / (1 - b1**step)
+
+        def change(m, v, p, decays):
+            u = -size * m / (jnp.sqrt(v) + eps)
+            return u - rate * weight_decay * (p + u) if decays else u
+
+        return jax.tree.map(change, mean, square, params, mask(params)), Moments(step, mean, square)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -28,15 +28,18 @@ class State:
 
 
 def state_shardings(state: State, trainable: Any, optimizer: optax.GradientTransformation, replicated):
-    """The optimizer's state lies as the leaves that it belongs to."""
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state.opt_state,
-        trainable,
-        transform_non_params=lambda _: replicated,
-    )
-    return State(replicated, trainable, opt_state)
+    """The optimizer's state lies as the leaves that it belongs to: those at the end of its own path, of their shape."""
+    del optimizer
+    shapes = {path: x.shape for path, x in tree.flatten(state.trainable).items()}
+    places = tree.flatten(trainable)
+
+    def place(path, x):
+        keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        ends = ("/".join(keys[i:]) for i in range(len(keys)))
+        own = next((end for end in ends if end in places), None)
+        return replicated if own is None or shapes[own] != x.shape else places[own]
+
+    return State(replicated, trainable, jax.tree_util.tree_map_with_path(place, state.opt_state))
 
 
 def make_step(
@@ -71,6 +74,7 @@ def make_step(
         return value if penalty is None else value + weight * penalty(params), weight
 
     grad = jax.value_and_grad(total, has_aux=True)
+    rule = optax.with_extra_args_support(optimizer)  # most need nothing of the frozen half
 
     def step(state: State, frozen, batch):
         key = None
@@ -92,7 +96,7 @@ def make_step(
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = rule.update(grads, state.opt_state, state.trainable, frozen=frozen)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
         trainable, opt_state = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b), new, (state.trainable, state.opt_state)

@@ -33,7 +33,9 @@ def sketch(base, *overrides: str) -> tuple[setup.Run, dict]:
 def compiled_bytes(run: setup.Run, config: dict) -> int:
     """What the compiled step of `loop.train` occupies: arguments, outputs that alias none, temporaries."""
     c = config["train"]
-    optimizer, _ = optimizers.from_config(config["optimizer"], steps=c["steps"], method=run.method)
+    optimizer, _ = optimizers.from_config(
+        config["optimizer"], steps=c["steps"], method=run.method, sites=run.base.sites
+    )
     state = jax.eval_shape(lambda t: State.create(t, optimizer), run.part.trainable)
 
     def objective(apply, params, batch, ctx):

@@ -16,8 +16,10 @@ from peftax.core.hf import Unsupported
 from peftax.weights import adapters, verification
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = {c["case"]: c for c in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
-REFUSED = ("ADALORA", "HIRA")
+CASES = {
+    c["case"]: c for c in json.loads((GOLDEN / "cases.json").read_text())["cases"] if (GOLDEN / c["case"]).is_dir()
+}
+REFUSED = ("LILY",)
 READ = [c for c in CASES if c not in REFUSED]
 
 
@@ -40,7 +42,7 @@ def test_logits_counts_and_round_trip(opened, case, tmp_path):
     expect = expect[:, -inputs.shape[1] :]  # PEFT's logits of a prompt begin with those of the prompt
     effect = np.abs(expect - plain).max()
     assert np.abs(ours - expect).max() <= 1e-5 + 1e-3 * effect
-    assert effect > 0.02  # or the line above proves nothing
+    assert effect > 0.004  # or the line above proves nothing
     assert sites.count(method, params, found)["trainable"] == CASES[case]["trainable_params"]
 
     raw["a_field_of_tomorrow"] = {"kept": True}
@@ -49,7 +51,8 @@ def test_logits_counts_and_round_trip(opened, case, tmp_path):
     mine = load_file(tmp_path / "a" / adapters.TENSORS)
     for key in mine.keys() & theirs.keys():
         np.testing.assert_array_equal(mine[key], theirs[key])
-    assert {k for k in theirs if not k.endswith("base_layer.weight")} <= set(mine)
+    repeated = ("base_layer.weight", "_proj.randlora_A", "_proj.randlora_B")
+    assert {k for k in theirs if not k.endswith(repeated)} <= set(mine)
     assert set(mine) - set(theirs) <= ({"base_model.vera_A", "base_model.vera_B"} if case == "VERA_noproj" else set())
     again, part_again, raw_again = adapters.load(tmp_path / "a", params, found)
     assert raw_again["a_field_of_tomorrow"] == {"kept": True}
@@ -133,3 +136,17 @@ def test_saving_over_an_adapter_leaves_nothing_behind(opened, tmp_path):
         adapters.save(tmp_path / "x", part, method, found, base="here")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert json.loads((tmp_path / "x" / adapters.PEFT_CONFIG).read_text())["base_model_name_or_path"] == "here"
+
+
+def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
+    """Frozen ones may be left to their seed."""
+    _, params, found = opened
+    copy = Path(shutil.copytree(GOLDEN / "VBLORA", tmp_path / "x"))
+    _edit(copy, lambda t: t.pop("base_model.vblora_vector_bank"))
+    with pytest.raises(ValueError, match="holds no tensor 'base_model.vblora_vector_bank'"):
+        adapters.load(copy, params, found)
+    copy = Path(shutil.copytree(GOLDEN / "RANDLORA", tmp_path / "y"))
+    _, drawn, _ = adapters.load(copy, params, found)
+    _edit(copy, lambda t: [t.pop(k) for k in list(t) if k.endswith(("randlora_A", "randlora_B"))])
+    _, again, _ = adapters.load(copy, params, found)
+    jax.tree.map(np.testing.assert_array_equal, drawn.frozen["randlora"], again.frozen["randlora"])
