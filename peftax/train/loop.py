@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peftax import weights
+from peftax import methods, weights
 from peftax.core import quantization, tree
 from peftax.core import sites as core_sites
 from peftax.train import evaluate, loss, memory, optimizers, setup, writers
 from peftax.train.step import State, make_step, state_shardings
 from peftax.weights import adapters, source
 from peftax.weights.checkpoint import Checkpoints
+
+CALIBRATION = "calibration.json"  # config.method as a start made from data would have it
 
 
 def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | None = None) -> dict[str, Any]:
@@ -52,10 +54,15 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     if c["check_memory"]:
         memory.check(run, config)
     base = base.load()
+    settings, data_start = _calibrated(base, config, batches, workdir / CALIBRATION)
+    if settings != config["method"]:
+        run = setup.sketch(base, settings)
     show(run)
 
     # --- optimizer and step -----------------------------------------------------------------------
-    optimizer, schedule = optimizers.from_config(config["optimizer"], steps=c["steps"], method=run.method)
+    optimizer, schedule = optimizers.from_config(
+        config["optimizer"], steps=c["steps"], method=run.method, sites=base.sites
+    )
     state = jax.eval_shape(lambda t: State.create(t, optimizer), run.part.trainable)
     trainable_places = base.places(run.part.trainable, run.method)
     places = state_shardings(state, trainable_places, optimizer, NamedSharding(base.mesh, PartitionSpec()))
@@ -92,12 +99,15 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         logging.info("going on from step %d of %s", start, workdir)
     else:
         start, facts = 0, {"best": None}
-        run = setup.start(base, config["method"], seed=c["init_seed"], warm_start=config["warm_start"])
+        data_start = data_start or setup.calibrate(base, config, batches)  # killed before its first checkpoint
+        run = setup.start(base, settings, seed=c["init_seed"], warm_start=config["warm_start"], found=data_start)
         state = jax.device_put(State.create(run.part.trainable, optimizer), places)
     frozen, frozen_theta = run.part.frozen, _not_base(run)
 
     if not claimed:
         _claim(workdir, config)
+    if data_start is not None:
+        _write(workdir / CALIBRATION, settings)
     for half_written in workdir.glob(".adapter.*"):  # by a process that was killed
         shutil.rmtree(half_written, ignore_errors=True)
     metrics_to: list[Any] = [writers.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
@@ -216,10 +226,27 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
 def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Write the config into the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
-    file = workdir / "config.json"
-    part = file.with_name(".config.json.part")
-    part.write_text(json.dumps(config, indent=2) + "\n")
+    _write(workdir / "config.json", config)
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    """JSON that is there whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, file)
+
+
+def _calibrated(base: setup.Base, config: Mapping[str, Any], batches: Any, file: Path) -> tuple[dict[str, Any], Any]:
+    """config.method with the ranks that a look at the data gave, and what it found; kept, so that a run that goes on
+    has the same.
+    """
+    if file.exists():
+        return source.read_json(file), None
+    found = setup.calibrate(base, config, batches)
+    if found is None:
+        return config["method"], None
+    settings = found.settings(methods.make(**config["method"]), adjust=config["calibration"]["adjust"])
+    return {"name": config["method"]["name"], **settings}, found
 
 
 def _progress() -> Progress:

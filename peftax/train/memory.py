@@ -67,7 +67,9 @@ class Need:
 def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     """What a step of this config needs; `run` may be a sketch. One trace, nothing is compiled or computed."""
     c, data = config["train"], config["data"]
-    optimizer, _ = optimizers.from_config(config["optimizer"], steps=c["steps"], method=run.method)
+    optimizer, _ = optimizers.from_config(
+        config["optimizer"], steps=c["steps"], method=run.method, sites=run.base.sites
+    )
     rows, length = c["batch_size"], data["train_length"] or data["length"]
     shapes = tree.abstract({"frozen": run.part.frozen, "trainable": run.part.trainable})
     state = jax.eval_shape(lambda t: State.create(t, optimizer), shapes["trainable"])

@@ -22,8 +22,10 @@ from peftax.core.method import Method, Partition
 from peftax.core.sites import Sites
 from peftax.data import asset, chat, packing, pipeline
 from peftax.data import source as data_source
+from peftax.methods.inits import eva, loftq
 from peftax.ops import kernels
-from peftax.weights import adapters, gguf
+from peftax.train import loss
+from peftax.weights import adapters, gguf, names
 
 PYPI = "pypi:"
 
@@ -156,10 +158,23 @@ class Run:
         return tree.merge(*self.part)
 
 
-def start(base: Base, settings: Mapping[str, Any], *, seed: int, warm_start: str | None = None) -> Run:
-    """A fresh method on the base; with `warm_start` its trainable values are an adapter folder's."""
+def start(
+    base: Base,
+    settings: Mapping[str, Any],
+    *,
+    seed: int,
+    warm_start: str | None = None,
+    found: eva.Found | None = None,
+) -> Run:
+    """A fresh method on the base, or what `calibrate` found; with `warm_start` its trainable values are an adapter
+    folder's.
+    """
     method = methods.make(**settings)
     part = method.init(jax.random.key(seed), base.params, base.sites)
+    if found is not None:
+        part = eva.fill(part, found, base.sites, adapter=settings["adapter"])
+    if settings.get("init") == "loftq":
+        part = loftq.fill(part, method, base.sites, _originals(base), adapter=settings["adapter"])
     if warm_start:
         _, warm, _ = adapters.load(warm_start, base.params, base.sites)
         mine, theirs = (tree.flatten(tree.abstract(p.trainable)) for p in (part, warm))
@@ -171,6 +186,56 @@ def start(base: Base, settings: Mapping[str, Any], *, seed: int, warm_start: str
             )
         part = Partition(part.frozen, warm.trainable)
     return Run(base, method, base.place(part, method), base.inject(method))
+
+
+def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) -> eva.Found | None:
+    """What a start made from data finds in the first training batches, which are read again afterwards; else None.
+
+    config.calibration says how many, and which tokens count.
+    """
+    if config["method"].get("init") != "eva":
+        return None
+    c, began = dict(config["calibration"]), batches.get_state()
+    mask_of, n = {True: "weights", False: "segment_ids"}[c["learned"]], c["batches"]
+    rows = NamedSharding(base.mesh, sharding.BATCH)
+
+    def looks():
+        for _ in range(n):
+            batch = {k: v.reshape(-1, v.shape[-1]) for k, v in next(batches).items()}
+            batch = {k: jax.device_put(v, rows) for k, v in batch.items()}
+            yield batch, batch[mask_of] > 0
+
+    def run(apply, params, batch):
+        return loss.causal_lm(apply, params, batch, chunk=config["train"]["chunk"])[0]
+
+    found = eva.calibrate(
+        run,
+        base.inject,
+        methods.make(**config["method"]),
+        base.params,
+        base.sites,
+        looks(),
+        rho=c["rho"],
+        tau=c["tau"],
+        whiten=c["whiten"],
+    )
+    batches.set_state(began)
+    logging.info("eva: ranks %s after %d batches", found.ranks, found.batches)
+    return found
+
+
+def _originals(base: Base) -> Callable[[str, int], Any]:
+    """(a kernel's path, layer) -> the kernel as the base's file holds it; raises where that is in few bits too."""
+    opened = weights.open(base.path)
+    leaves = {leaf.path: leaf for leaf in names.walk(tree.unpacked(base.params))}
+
+    def read(path: str, layer: int):
+        name = leaves[path].names[layer]
+        if opened.packed(name) is not None:
+            raise ValueError(f"{base.path}: {name!r} is in few bits in the file; loftq wants the weights before that")
+        return leaves[path].to_tree(opened.read(name))
+
+    return read
 
 
 def sketch(base: Base, settings: Mapping[str, Any]) -> Run:

@@ -154,3 +154,33 @@ def test_warm_start_takes_the_values(whole, files, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, warm.part.trainable, own.part.trainable)
     with pytest.raises(ValueError, match="does not fit config.method"):
         setup.start(base, {**settings, "rank": 2}, seed=5, warm_start=folder)
+
+
+def test_a_start_made_from_data(files, tmp_path):
+    """Ranks are decided once and kept; a run that goes on has them, and the batches are trained on all the same."""
+    config = tiny_run.config(*files, method__init="eva", calibration__batches="2", train__steps="4")
+    result = loop.train(config, tmp_path / "whole")
+    decided = json.loads((tmp_path / "whole" / loop.CALIBRATION).read_text())
+    written = json.loads((tmp_path / "whole" / "adapter" / adapters.PEFT_CONFIG).read_text())
+    assert decided["rank_pattern"] and written["rank_pattern"] == decided["rank_pattern"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+    again = loop.train(config, tmp_path / "half")
+    assert (again["step"], again["loss"]) == (4, result["loss"])
+    plain = loop.train(tiny_run.config(*files, train__steps="1"), tmp_path / "plain")
+    first = _lines(tmp_path / "whole" / "metrics.jsonl")[1]["loss"]
+    assert first == pytest.approx(plain["loss"], rel=1e-5)  # B is zero: the same loss on the same batch
+
+
+def test_a_start_made_from_the_originals_of_a_packed_base(files, tmp_path):
+    """LoftQ reads the file again: with the base in bits the first loss is nearer to that of the base itself."""
+    packed = "(('(q|k|v|o|gate|up)_proj/kernel$', {'fmt': 'nf4', 'group': 32}),)"
+    first = {}
+    for name, overrides in {
+        "dense": {},
+        "plain": {"model__quantize": packed},
+        "loftq": {"model__quantize": packed, "method__init": "loftq"},
+    }.items():
+        config = tiny_run.config(*files, **{"train__steps": "1", "method__rank": "16", **overrides})
+        first[name] = loop.train(config, tmp_path / name)["loss"]
+    assert abs(first["loftq"] - first["dense"]) < 0.5 * abs(first["plain"] - first["dense"])

@@ -25,9 +25,10 @@ def w():
 
 @pytest.mark.parametrize("name", inits.names())
 def test_shapes(name, w):
-    a, b = start(name, w)
-    assert a.shape == (12, 3) and b.shape == (3, 7)
-    assert inits.module(name).MOVES == bool(np.abs(b).max() > 0)
+    """What leaves the base where it is adds nothing to it."""
+    a, b = start(name, w, rank=4)
+    assert a.shape == (12, 4) and b.shape == (4, 7)
+    assert inits.module(name).MOVES == bool(np.abs(a @ b).max() > 1e-6)
 
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_fast"])
@@ -45,6 +46,14 @@ def test_olora_is_orthonormal(w):
     a, b = start("olora", w)
     np.testing.assert_allclose(b @ b.T, np.eye(3), atol=1e-6)
     np.testing.assert_allclose(a @ b, w @ b.T @ b, atol=1e-5)  # W projected on B's rows
+
+
+def test_orthogonal_is_small_halves_of_one_basis(w):
+    a, b = start("orthogonal", w, rank=4)
+    assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 2
+    assert float(a.std()) == pytest.approx(0.1 / np.sqrt(2), rel=0.4)
+    with pytest.raises(ValueError, match="rank 3 must be even"):
+        start("orthogonal", w)
 
 
 def test_unknown_names_the_nearest():
