@@ -234,14 +234,14 @@ def select(
       chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias"; the last part is
         the tree's own) -> train it?
       required: raise when nothing is chosen.
-      modules: raise when one of these suffixes is no module that holds a leaf.
+      modules: raise when one of these is the end of no name of a module that holds a leaf.
     """
 
     def init(key, params, sites) -> Partition:
         del key
         holders = {n.rpartition(".")[0] for path in tree.flatten(params) for n in sites.names(path)}
         for m in modules:
-            if not any(holder == m or holder.endswith(f".{m}") for holder in holders):
+            if not any(holder.endswith(m) for holder in holders):
                 near = tree.nearest(m, holders)
                 raise ValueError(f"{name}: module {m!r} is not in the model; the nearest: {near}")
 

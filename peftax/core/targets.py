@@ -18,7 +18,8 @@ class Targets:
              linear module but the output head).
     exclude: the same forms; wins over modules.
     layers:  layer numbers (the first number in the name), only with a list of modules; None takes all.
-    whole:   names and suffixes of modules that train whole instead, and are no targets.
+    whole:   ends of names of modules that train whole instead, and are no targets; as in PEFT any end: "norm" is
+             "input_layernorm" too.
     kinds:   what a list or a regex may reach.
     """
 
@@ -54,7 +55,7 @@ class Targets:
         return hit
 
     def trains_whole(self, name: str) -> bool:
-        return bool(self.whole) and _named(tuple(self.whole), name)
+        return name.endswith(tuple(self.whole))
 
 
 def layer_number(name: str) -> int | None:

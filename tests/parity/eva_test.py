@@ -16,7 +16,7 @@ from peftax import models, weights  # noqa: E402
 from peftax.core import injection, sites  # noqa: E402
 from peftax.methods import lora  # noqa: E402
 from peftax.methods.inits import eva  # noqa: E402
-from tests.parity.lora_training_test import T, base  # noqa: E402
+from tests.parity.tiny import T, base  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]  # none shares what it is given with another
@@ -32,7 +32,7 @@ def tokens():
 @pytest.mark.parametrize("rho, whiten", [(2.0, False), (1.0, True)])
 def test_same_directions_and_ranks(tmp_path, rho, whiten):
     ids, held = tokens()
-    reference = base(tmp_path)
+    reference = base(tmp_path, hidden_size=24, intermediate_size=41, head_dim=10)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=RANK,

@@ -16,7 +16,8 @@ from peftax.core.method import Partition  # noqa: E402
 from peftax.train import loss, optimizers  # noqa: E402
 from peftax.train.step import State, make_step  # noqa: E402
 from peftax.weights import adapters  # noqa: E402
-from tests.parity.lora_training_test import T, base, batches  # noqa: E402
+from tests.parity import tiny  # noqa: E402
+from tests.parity.tiny import T, base  # noqa: E402
 
 pytestmark = pytest.mark.parity
 STEPS, RATE, EPS = 10, 3e-3, 1e-4  # a large eps: rounding is not what is compared
@@ -71,25 +72,16 @@ class Pair:
             penalty=None if penalty is None else lambda params: penalty(params, self.found),
         )
         state, losses = State.create(jax.tree.map(jnp.copy, self.trainable), optimizer), []
-        for tokens, held, counted in list(batches())[:STEPS]:
-            batch = {
-                "tokens": tokens,
-                "targets": np.roll(tokens, -1, 1),
-                "weights": np.pad(counted[:, 1:], ((0, 0), (0, 1))).astype(np.float32),
-                "positions": np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape),
-                "segment_ids": held,
-            }
-            state, metrics = step(state, self.frozen, batch)
+        for batch in tiny.batches(STEPS):
+            state, metrics = step(state, self.frozen, tiny.ours(*batch))
             losses.append(float(metrics["loss"]))
         return np.array(losses), state.trainable
 
     def their_steps(self, optimizer, after=lambda step: None):
         self.reference.train()
         losses = []
-        for i, (tokens, held, counted) in enumerate(list(batches())[:STEPS]):
-            ids = torch.tensor(tokens).long()
-            labels = torch.where(torch.tensor(counted), ids, -100)
-            out = self.reference(input_ids=ids, attention_mask=torch.tensor(held), labels=labels, use_cache=False)
+        for i, batch in enumerate(tiny.batches(STEPS)):
+            out = self.reference(**tiny.theirs(*batch), use_cache=False)
             optimizer.zero_grad()
             out.loss.backward()
             optimizer.step()
@@ -188,7 +180,7 @@ def test_adalora(tmp_path, every):
 
     # the shrunk adapter, from PEFT to here and back
     pair.reference.save_pretrained(tmp_path / "theirs")
-    (tokens, held, _), *_ = batches()
+    tokens, held, _ = next(tiny.batches(1))
     here = {"positions": np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape), "segment_ids": held}
 
     def logits(method, part):
