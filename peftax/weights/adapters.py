@@ -56,6 +56,9 @@ def load(
     name, settings, raw = read_config(folder)
     if "adapter" in methods.defaults(name):
         settings["adapter"] = adapter
+    form = getattr(methods.module(name), "HF", None)
+    if form is not None and form.held is not None and "peft_type" in raw:
+        settings = form.held(settings)
     method = methods.make(name, **settings)
     part = method.init(jax.random.key(0), params, sites)
     tensors = _read_tensors(folder / TENSORS)

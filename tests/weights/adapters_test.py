@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peftax import models, weights
+from peftax import methods, models, weights
 from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
+from peftax.core.method import Ctx
 from peftax.weights import adapters, verification
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,6 +22,11 @@ CASES = {
 }
 REFUSED = ("LILY",)
 READ = [c for c in CASES if c not in REFUSED]
+
+
+def ctx(case):
+    tasks = CASES[case].get("task_ids")
+    return Ctx() if tasks is None else Ctx(tasks=jnp.array(tasks))
 
 
 @pytest.fixture(scope="module", params=["scanned", "unrolled"])
@@ -38,12 +44,13 @@ def test_logits_counts_and_round_trip(opened, case, tmp_path):
     inputs = np.load(GOLDEN / "input_ids.npy").astype(np.int32)
     expect, plain = np.load(GOLDEN / case / "logits.npy"), np.load(GOLDEN / "base_logits.npy")
     method, part, raw = adapters.load(GOLDEN / case, params, found)
-    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)
+    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs, ctx=ctx(case))
     expect = expect[:, -inputs.shape[1] :]  # PEFT's logits of a prompt begin with those of the prompt
     effect = np.abs(expect - plain).max()
     assert np.abs(ours - expect).max() <= 1e-5 + 1e-3 * effect
     assert effect > 0.004  # or the line above proves nothing
-    assert sites.count(method, params, found)["trainable"] == CASES[case]["trainable_params"]
+    name, settings, _ = adapters.read_config(GOLDEN / case)  # of what trained; a folder may hold less
+    assert sites.count(methods.make(name, **settings), params, found)["trainable"] == CASES[case]["trainable_params"]
 
     raw["a_field_of_tomorrow"] = {"kept": True}
     adapters.save(tmp_path / "a", part, method, found, extra=raw)
@@ -117,8 +124,6 @@ def test_errors_of_files(opened, copy):
 
 
 def test_a_method_without_a_peft_type_is_saved_too(opened, tmp_path):
-    from peftax import methods
-
     _, params, found = opened
     method = methods.make("full", targets=r".*layernorm")
     part = method.init(jax.random.key(0), params, found)
