@@ -238,9 +238,18 @@ def convert(args) -> None:
     if args.adapter:
         run = setup.attach(base, args.adapter)
         into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
+        _note(run.method.name)
     else:
         into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
     print(into)
+
+
+def _note(name: str) -> None:
+    """What Hugging Face PEFT will not read, on stderr."""
+    from peftax.weights import adapters
+
+    if line := adapters.without_peft_type(name):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def count(args) -> None:
@@ -273,11 +282,12 @@ def methods(args) -> None:
 
 
 def verify(args) -> int:
-    from peftax.weights import verification
+    from peftax.weights import adapters, verification
 
     if args.cases:
         results = verification.cases(args.cases, only=args.only)
     elif all((args.base, args.adapter, args.inputs, args.expect)):
+        _note(adapters.read_config(args.adapter)[0])
         results = [verification.one(args.base, args.adapter, args.inputs, args.expect, tasks=args.task_ids)]
     else:
         raise ValueError("give --base, --adapter, --inputs and --expect, or --cases")

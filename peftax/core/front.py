@@ -82,22 +82,22 @@ def prompts(
     def around(run, args, kwargs, ctx: Ctx):
         if kwargs.get("method", "__call__") not in WHOLE:
             return run(args, kwargs, ctx)
-        tokens, positions, segments, *rest = (*args, None, None)[: max(3, len(args))]
+        tokens, (positions, segments, *rest) = args[0], (*args[1:], None, None)[: max(2, len(args) - 1)]
         kwargs = dict(kwargs)
         positions, segments = kwargs.pop("positions", positions), kwargs.pop("segment_ids", segments)
         first = kwargs.get("cache") is None or ctx.start
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"{name}: the model is given embeddings; it needs token ids, whose rows it prepends")
-        if positions is not None:
-            positions = positions + length
         if first:
             tokens = before(tokens, jnp.zeros((length,), tokens.dtype))
-            positions = None if positions is None else before(positions, jnp.arange(length))
             segments = None if segments is None else before(segments, everywhere(length))
+        if positions is not None:
+            positions = positions + length
+            positions = before(positions, jnp.arange(length)) if first else positions
         given = [tokens, positions, segments, *rest]
         while given[-1] is None:
             given.pop()
-        out = run(tuple(given), kwargs, ctx.replace(front=length if first else 0))
+        out = run(tuple(given), kwargs, dataclasses.replace(ctx, front=length if first else 0))
         if not first:
             return out
         y = first_output(out)[:, length:]

@@ -149,7 +149,7 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
         wrap=wrap if any(m.wrap for m in methods) else None,
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
-        config=config or {},
+        config=config or (dict(methods[0].config) if len(methods) == 1 else {m.name: dict(m.config) for m in methods}),
     )
 
 

@@ -2,7 +2,7 @@
 
   h = [P ; E[x]]        P = f(e): `length` rows; the outputs there are cut off
   "mlp"   f(e) = relu(relu(e W0 + c0) W1 + c1) W2 + c2
-  "lstm"  f(e) = relu(g W0 + c0) W1 + c1        g: both directions' states of `layers` LSTM layers over the rows of e
+  "lstm"  f(e) = relu(g W0 + c0) W1 + c1        g: both directions' states of `lstm_layers` layers over the rows of e
 
   e       : [length, out]                           trainable f32, N(0, 1)
   w0, ... : [out, size], [size, size], [size, out]  trainable f32, U(±1/sqrt(rows)); "lstm": [2 size, 2 size],
@@ -43,14 +43,14 @@ def p_tuning(
     length: int = 20,  # virtual tokens
     encoder: str = "mlp",  # "mlp" | "lstm" | "none": the rows that an encoder made, as a folder holds them
     size: int | None = None,  # width of the network; None: the table's
-    layers: int = 2,  # of the LSTM
+    lstm_layers: int = 2,  # layers of "lstm"
     encoder_dropout: float = 0.0,  # probability, between the LSTM's layers
     table: str | None = None,  # suffix of the tokens' table, where the model has several
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
     """A prompt behind a network."""
     config = dict(locals())
-    for key, value in (("length", length), ("layers", layers), ("size", 1 if size is None else size)):
+    for key, value in (("length", length), ("lstm_layers", lstm_layers), ("size", 1 if size is None else size)):
         if value < 1:
             raise ValueError(f"p_tuning: {key} {value} must be at least 1")
     if encoder not in ENCODERS:
@@ -63,13 +63,13 @@ def p_tuning(
         width = k.w.shape[1]
         if encoder == "none":
             return {"trainable": {"p": jax.random.normal(key, (length, width))}}
-        wide, keys = size or width, iter(jax.random.split(key, 3 * layers + 10))
+        wide, keys = size or width, iter(jax.random.split(key, 3 * lstm_layers + 10))
 
         def uniform(fan_in, *shape):
             return jax.random.uniform(next(keys), shape, minval=-1 / math.sqrt(fan_in), maxval=1 / math.sqrt(fan_in))
 
         leaves = {"e": jax.random.normal(next(keys), (length, width))}
-        for i in range(layers if lstm else 0):
+        for i in range(lstm_layers if lstm else 0):
             leaves[f"x{i}"] = uniform(wide, 2, 2 * wide if i else width, 4 * wide)
             leaves[f"h{i}"] = uniform(wide, 2, wide, 4 * wide)
             leaves[f"b{i}"] = uniform(wide, 2, 2, 4 * wide)
@@ -83,14 +83,14 @@ def p_tuning(
             own = ctx if ctx.key is None else ctx.replace(key=jax.random.fold_in(ctx.key, i))
             return own.drop(y, encoder_dropout)
 
-        return _encoded(theta, encoder, layers, between)
+        return _encoded(theta, encoder, lstm_layers, between)
 
     return front.prompts(
         "p_tuning",
         length=length,
         init=init,
         rows=rows,
-        axes=_axes(encoder, layers),
+        axes=_axes(encoder, lstm_layers),
         table=table,
         draws=lstm and encoder_dropout > 0,
         adapter=adapter,
@@ -149,7 +149,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
         "length": config["num_virtual_tokens"],
         "encoder": (config.get("encoder_reparameterization_type") or "MLP").lower(),
         "size": config.get("encoder_hidden_size"),
-        "layers": config.get("encoder_num_layers") or 2,
+        "lstm_layers": config.get("encoder_num_layers") or 2,
         "encoder_dropout": config.get("encoder_dropout") or 0.0,
     }
 
@@ -162,14 +162,14 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
         **fields,
         "encoder_reparameterization_type": config["encoder"].upper(),
         "encoder_hidden_size": config["size"],
-        "encoder_num_layers": config["layers"],
+        "encoder_num_layers": config["lstm_layers"],
         "encoder_dropout": config["encoder_dropout"],
     }
 
 
 def _pack(layers: hf.Layers, config: Mapping[str, Any]) -> dict[str, Any]:
     ((_, leaves),) = layers.items()
-    return {"prompt_embeddings": np.asarray(_encoded(leaves, config["encoder"], config["layers"]))}
+    return {"prompt_embeddings": np.asarray(_encoded(leaves, config["encoder"], config["lstm_layers"]))}
 
 
 def _unpack(tensors: Mapping[str, Any], shapes: Mapping[str, Any], config: Mapping[str, Any]) -> hf.Layers:

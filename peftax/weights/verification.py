@@ -47,7 +47,8 @@ def cases(folder: str | Path, *, only: Sequence[str] | None = None) -> list[Resu
     Cases of methods that are not supported come back as skipped, with the reason.
     """
     folder = Path(folder)
-    found = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
+    files = (p for file in (adapters.PEFT_CONFIG, adapters.OWN_CONFIG) for p in folder.glob(f"*/{file}"))
+    found = sorted({p.parent.name for p in files})
     if not found:
         raise FileNotFoundError(f"{folder}: holds no CASE/adapter_config.json")
     for name in only or ():

@@ -8,6 +8,7 @@ from peftax.core.method import Ctx
 from peftax.methods.p_tuning import p_tuning
 from tests.methods import llama_3b, tiny
 
+SMALL = {"length": 7}
 AT = "model/embed_tokens/p_tuning/default"
 TOKENS = jnp.array([[7, 1, 30, 4]])
 
@@ -62,7 +63,7 @@ def test_lstm_by_hand():
     b[:, 0, [0, 1, 3]] = 25.0  # of i, f and o: 25 in each of two biases
     b[:, 1, [0, 1, 3]] = 25.0
     ours = logits(
-        p_tuning(length=2, encoder="lstm", size=1, layers=1),
+        p_tuning(length=2, encoder="lstm", size=1, lstm_layers=1),
         e=jnp.zeros((2, 24)).at[:, 0].set(jnp.array([1.0, 2.0])),
         x0=jnp.asarray(x),
         h0=jnp.zeros((2, 1, 4)),
