@@ -35,7 +35,7 @@ def after(length: int) -> Callable[..., Any]:
     def around(run, args, kwargs, ctx: Ctx):
         if kwargs.get("method", "__call__") not in WHOLE:
             return run(args, kwargs, ctx)
-        inputs, positions, *rest = (*args, None)[: max(2, len(args))]
+        inputs, (positions, *rest) = args[0], (*args[1:], None)[: max(1, len(args) - 1)]
         kwargs = dict(kwargs)
         positions = kwargs.pop("positions", positions)
         if positions is None:

@@ -184,7 +184,7 @@ def per_block(
     Args:
       init: (key, Block, **settings) -> {"trainable": leaves, "frozen": leaves}.
       call: (theta, run, args, ctx) -> what the module returns, changed; run(*args) may be called once.
-      shared: (key, [(width in, width out) of every targeted module]) -> leaves that all modules share.
+      shared: (key, [Block of every targeted module]) -> leaves that all modules share.
       begin: prefill -> (Hugging Face name of one layer's module -> its trainable leaves): a start made from what the
         untouched model computes, see Method.begin.
       The others: as in per_kernel. What stands around a module has no form as weights: it does not fold.
@@ -193,7 +193,7 @@ def per_block(
     chosen = _chosen(targets, settings)
 
     def init_tree(key, params, sites) -> Partition:
-        theta, shapes = _Theta(name, adapter), []
+        theta, blocks = _Theta(name, adapter), []
         for block, wanted in _targeted(sites.blocks.values(), chosen):
             if any(w is None for w in wanted):
                 some = block.names[[w is not None for w in wanted].index(True)]
@@ -202,11 +202,11 @@ def per_block(
                     "model with scan=False"
                 )
             theta.add(block, _init_layers(init, key, block, block, wanted, False))
-            shapes.append(block.shape)
-        if not shapes:
+            blocks.append(block)
+        if not blocks:
             raise ValueError(f"{name}: {_why_none(sites.blocks.values(), chosen, targets)}")
         if shared is not None:
-            theta.add(None, shared(_shared_key(key, name), shapes))
+            theta.add(None, shared(_shared_key(key, name), blocks))
         frozen, trainable = theta.halves()
         return Partition(tree.merge(params, frozen), trainable)
 

@@ -83,7 +83,7 @@ def compacter(
         }
         return {"trainable": leaves}
 
-    def shared(key, shapes):
+    def shared(key, blocks):
         return {"trainable": {"a": jax.random.normal(key, (n, n, n)) / math.sqrt(n)}}
 
     def kronecker(x, a, s, t):

@@ -1,21 +1,29 @@
 """Prefix tuning: trainable keys and values before every layer's own (Li & Liang, 2021).
 
   y = attention(q, [K ; k], [V ; v])        K, V of each layer, without rope, seen by every token
+  K = g W_k + c_k, V = g W_v + c_v          with `projection`; g = tanh(e W + c), of all layers
 
-  k : [length, key heads x head size]  trainable f32, N(0, 1), zeros, or a text's keys as the untouched model makes
-  v : [length, key heads x head size]  trainable f32, the same: its values     them at positions 0, 1, ...
+  k, v     : [length, heads]      trainable f32, N(0, 1); zeros; or keys and values of a text at positions 0, 1, ..., as
+                                  the untouched model makes them            (heads: key heads x head size)
+  with `projection` in their place:
+  e        : [length, heads]      trainable f32, shared by all layers, N(0, 1)
+  w        : [heads, projection]  trainable f32, shared by all layers, U(±1/sqrt(rows)); c [projection] the same
+  w_k, w_v : [projection, heads]  trainable f32, U(±1/sqrt(rows)), or zeros; c_k, c_v [heads] the same
 
 Not the identity at init. Trainable per layer: 2 x length x key heads x head size.
 Learning rate: 5e-5 to 5e-3 (the authors' GPT-2 runs: 5e-5; PEFT's MetaMathQA runs: 1e-3 and 5e-3).
-Source: https://arxiv.org/abs/2101.00190, eq. 3; starts from a text: section 7.4.
-Departs: no network behind the prefix while training (section 4.3); as in Hugging Face PEFT the tokens' positions begin
-after the prefix. Under a sliding window the prefix goes out of sight as tokens do. Nothing folds.
+Source: https://arxiv.org/abs/2101.00190, eq. 3; the network while training: section 4.3; starts from a text: section 7.4.
+Departs: as in Hugging Face PEFT the tokens' positions begin after the prefix, the network is off by default, and a
+folder holds the keys and values that it made, and no network: reading one gives a plain prefix, while its count is the
+network's. Under a sliding window the prefix goes out of sight as tokens do. Nothing folds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,8 +34,11 @@ from peftax.core import front, hf, lift
 from peftax.core.method import Ctx, Method
 from peftax.core.sites import Block
 from peftax.core.targets import layer_number
+from peftax.ops.product import linear
 
-AXES = {"k": ("length", "heads"), "v": ("length", "heads")}
+AXES = {"k": ("length", "heads"), "v": ("length", "heads"), "e": ("length", "heads")}
+AXES |= {"w": ("heads", "projection"), "w_k": ("projection", "heads"), "w_v": ("projection", "heads")}
+AXES |= {"c": ("projection",), "c_k": ("heads",), "c_v": ("heads",)}
 ATTENTION = "core_attn"  # the module that attends, after rope: (q [B,T,N,H], k and v [B,K,S,H], where, ...)
 
 
@@ -35,9 +46,10 @@ def prefix(
     *,
     length: int = 20,  # virtual tokens
     init: str = "normal",  # "normal" | "zeros" | "tokens": keys and values that the untouched model makes of a text
-    init_text: str
-    | None = None,  # the text of init="tokens", its chat template and all; a run's tokenizer makes init_ids
+    init_text: str | None = None,  # the text of init="tokens", template and all; a run's tokenizer makes init_ids of it
     init_ids: Sequence[int] = (),  # its token ids, at least `length`: the first ones count
+    projection: int
+    | None = None,  # width of a network behind the prefix while training; None: the prefix itself trains
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
     """Trainable keys and values in every attention."""
@@ -54,14 +66,45 @@ def prefix(
             "or shorten the prefix"
         )
 
+    if projection is not None and (projection < 1 or init == "tokens"):
+        raise ValueError(
+            f"prefix: projection {projection} must be at least 1, and a text's keys have no network behind"
+        )
+
     def settings(name: str, kind: str) -> dict[str, Any] | None:
         return {} if kind == "block" and name.rsplit(".", 1)[-1] == ATTENTION else None
 
     def start(key, block: Block):
         _, heads, _, size = block.args[1]
-        shape = (2, length, heads * size)
-        k, v = jax.random.normal(key, shape) if init == "normal" else jnp.zeros(shape)
-        return {"trainable": {"k": k, "v": v}}
+        width = heads * size
+        if projection is None:
+            shapes = {"k": (length, width), "v": (length, width)}
+            draw = jax.random.normal
+        else:
+            shapes = {"w_k": (projection, width), "w_v": (projection, width), "c_k": (width,), "c_v": (width,)}
+            draw = partial(_uniform, rows=projection)
+        keys = jax.random.split(key, len(shapes))
+        zeros = init != "normal"
+        return {
+            "trainable": {
+                leaf: jnp.zeros(shape) if zeros else draw(own, shape)
+                for own, (leaf, shape) in zip(keys, shapes.items(), strict=True)
+            }
+        }
+
+    def shared(key, blocks: Sequence[Block]):
+        assert projection is not None
+        widths = {heads * size for _, heads, _, size in (block.args[1] for block in blocks)}
+        if len(widths) > 1:
+            raise ValueError(f"prefix: layers have keys of {sorted(widths)} numbers; projection wants one width")
+        (width,), keys = widths, jax.random.split(key, 3)
+        return {
+            "trainable": {
+                "e": jax.random.normal(keys[0], (length, width)),
+                "w": _uniform(keys[1], (width, projection), rows=width),
+                "c": _uniform(keys[2], (projection,), rows=width),
+            }
+        }
 
     def begin(prefill):
         if not len(init_ids):
@@ -87,13 +130,15 @@ def prefix(
             k_positions=front.before(where.k_positions, jnp.arange(length)),
             k_segments=front.before(where.k_segments, front.everywhere(length)),
         )
-        return run(q, before(k, theta["k"]), before(v, theta["v"]), where, *rest)
+        own_k, own_v = _keys_and_values(theta)
+        return run(q, before(k, own_k), before(v, own_v), where, *rest)
 
     return lift.per_block(
         "prefix",
         init=start,
         begin=begin if init == "tokens" else None,
         call=call,
+        shared=None if projection is None else shared,
         around=front.after(length),
         axes=AXES,
         settings=settings,
@@ -102,20 +147,41 @@ def prefix(
     )
 
 
+def _uniform(key, shape: tuple[int, ...], *, rows: int) -> jax.Array:
+    return jax.random.uniform(key, shape, minval=-1 / math.sqrt(rows), maxval=1 / math.sqrt(rows))
+
+
+def _keys_and_values(theta) -> tuple[Any, Any]:
+    """One layer's, [length, heads] each."""
+    if "k" in theta:
+        return theta["k"], theta["v"]
+    g = jnp.tanh(linear(theta["e"], theta["w"], theta["c"]))
+    return linear(g, theta["w_k"], theta["c_k"]), linear(g, theta["w_v"], theta["c_v"])
+
+
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    behind = bool(config.get("prefix_projection"))
+    width = config.get("encoder_hidden_size") or config.get("token_dim")
+    if behind and width is None:
+        raise hf.Unsupported(
+            "PREFIX_TUNING with prefix_projection and no encoder_hidden_size is not supported; the nearest says one"
+        )
     return {
         "length": config["num_virtual_tokens"],
         "init": "zeros" if config.get("init_weights") == "zero" else "normal",
+        "projection": width if behind else None,
     }
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    fields = {
         "num_virtual_tokens": config["length"],
         "init_weights": "zero" if config["init"] == "zeros" else None,
-        "prefix_projection": False,
         "num_transformer_submodules": 1,
     }
+    if config["projection"] is None:  # what was behind it is in the folder that it came from, if there is one
+        return fields
+    return {**fields, "prefix_projection": True, "encoder_hidden_size": config["projection"]}
 
 
 def _in_order(layers: Mapping[str, Any]) -> list[str]:
@@ -125,7 +191,9 @@ def _in_order(layers: Mapping[str, Any]) -> list[str]:
 
 def _pack(layers: hf.Layers, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """[length, layers x 2 x width]: keys and values of the first layer, of the second, ..."""
-    parts = [layers[name][leaf] for name in _in_order(layers) for leaf in ("k", "v")]
+    layers = dict(layers)
+    common = layers.pop("", {})
+    parts = [np.asarray(x) for name in _in_order(layers) for x in _keys_and_values({**common, **layers[name]})]
     return {"prompt_embeddings": np.concatenate(parts, axis=1)}
 
 
@@ -135,4 +203,8 @@ def _unpack(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], config
     return {name: {"k": parts[2 * i], "v": parts[2 * i + 1]} for i, name in enumerate(names)}
 
 
-HF = hf.Format(peft_type="PREFIX_TUNING", read=_read, write=_write, pack=_pack, unpack=_unpack)
+def _held(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, "projection": None}
+
+
+HF = hf.Format(peft_type="PREFIX_TUNING", read=_read, write=_write, pack=_pack, unpack=_unpack, held=_held)
