@@ -55,6 +55,10 @@ def make(name: str, **settings) -> Method:
         if key not in known:
             raise TypeError(f"{name}: no setting {key!r}; the nearest: {tree.nearest(key, known)}")
     if parts := chained(name):
+        for part, own in settings.items():
+            if not isinstance(own, Mapping):
+                key, value = next(iter(known[part].items()))
+                raise TypeError(f"{name}: {part} is {own!r}; want its settings, as {{{key!r}: {value!r}}}")
         made = [make(part, **settings.get(part, {})) for part in parts]
         return chain(*made, name=name, config={m.name: dict(m.config) for m in made})
     return getattr(module(name), name)(**settings)

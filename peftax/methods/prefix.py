@@ -12,7 +12,7 @@
 
 Not the identity at init. Trainable per layer: 2 x length x key heads x head size.
 Learning rate: 5e-5 to 5e-3 (the authors' GPT-2 runs: 5e-5; PEFT's MetaMathQA runs: 1e-3 and 5e-3).
-Source: https://arxiv.org/abs/2101.00190, eq. 3; the network while training: section 4.3; starts from a text: section 7.4.
+Source: https://arxiv.org/abs/2101.00190, eq. 3; the network: section 4.3; a start from a text: section 7.4.
 Departs: as in Hugging Face PEFT the tokens' positions begin after the prefix, the network is off by default, and a
 folder holds the keys and values that it made, and no network: reading one gives a plain prefix, while its count is the
 network's. Under a sliding window the prefix goes out of sight as tokens do. Nothing folds.

@@ -155,3 +155,45 @@ def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
     _edit(copy, lambda t: [t.pop(k) for k in list(t) if k.endswith(("randlora_A", "randlora_B"))])
     _, again, _ = adapters.load(copy, params, found)
     jax.tree.map(np.testing.assert_array_equal, drawn.frozen["randlora"], again.frozen["randlora"])
+
+
+def test_a_chain_is_a_folder_of_its_parts(opened, tmp_path):
+    """One with a PEFT type, one without, and one that trains a whole leaf beside; fields of tomorrow stay."""
+    _, params, found = opened
+    settings = {"lora": {"rank": 2, "modules_to_save": ("norm",)}, "adapter": {"size": 3}}
+    method = methods.make("lora+adapter", **settings)
+    part = method.init(jax.random.key(0), params, found)
+    noise = np.random.default_rng(0)
+    part = part._replace(
+        trainable=jax.tree.map(lambda x: x + noise.standard_normal(x.shape).astype("f"), part.trainable)
+    )
+    adapters.save(tmp_path / "a", part, method, found, base="here", extra={"lora": {"of_tomorrow": 1}, "mine": 2})
+    assert json.loads((tmp_path / "a" / "lora" / adapters.PEFT_CONFIG).read_text())["of_tomorrow"] == 1
+    again, part_again, raw = adapters.load(tmp_path / "a", params, found)
+    assert again.name == "lora+adapter" and again.config["lora"]["modules_to_save"] == ("norm",) and raw["mine"] == 2
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, part_again.trainable)
+    assert tree.flatten(part.frozen).keys() == tree.flatten(part_again.frozen).keys()
+    adapters.save(tmp_path / "b", part_again, again, found, extra=raw)
+    for file in ("lora/adapter_config.json", "lora/" + adapters.TENSORS, "adapter/" + adapters.TENSORS):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    name, own, _ = adapters.read_config(tmp_path / "b")
+    assert sites.count(methods.make(name, **own), params, found)["trainable"] == tree.count(part.trainable)
+    alone, one, _ = adapters.load(tmp_path / "a" / "lora", params, found)  # as PEFT sees it
+    assert alone.name == "lora"
+    assert {p for p in tree.flatten(part.trainable) if "/adapter/" not in p} == set(tree.flatten(one.trainable))
+
+    (tmp_path / "a" / "lora" / adapters.PEFT_CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match="lora: holds no adapter_config.json"):
+        adapters.load(tmp_path / "a", params, found)
+    shutil.rmtree(tmp_path / "b" / "lora")
+    shutil.copytree(GOLDEN / "IA3", tmp_path / "b" / "lora")
+    with pytest.raises(ValueError, match="holds 'ia3', where .* says 'lora'"):
+        adapters.load(tmp_path / "b", params, found)
+
+
+def test_what_peft_does_not_read_is_said():
+    assert adapters.without_peft_type("lora") is None
+    assert "has no type for adapter: a peftax_adapter.json" in adapters.without_peft_type("adapter")
+    both = adapters.without_peft_type("prefix+adapter")
+    assert "no type for several methods in one" in both and "and none for adapter: a peftax_adapter.json" in both
+    assert adapters.without_peft_type("prefix+lora").endswith("which PEFT reads one by one")
