@@ -201,6 +201,11 @@ def _make(base: Base, settings: Mapping[str, Any]) -> Method:
             own["init_ids"] = tuple(base.tokenizer(own["init_text"])["input_ids"])
         return own
 
+    for part in methods.chained(settings["name"]):
+        if (start := settings.get(part, {}).get("init")) in ("eva", "loftq"):
+            raise ValueError(
+                f"{part}: init {start!r} works alone, not in {settings['name']!r}; start the chain otherwise"
+            )
     return methods.make(**spelled(settings))
 
 

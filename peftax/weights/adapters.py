@@ -382,7 +382,8 @@ def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Pa
 def _config(method: Method, own: Mapping[str, Any], sites: Sites, base, extra) -> tuple[str, dict[str, Any]]:
     form = _form(method)
     if form is None:
-        return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": base}
+        there = extra.get("base_model_name_or_path") if base is None else base
+        return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": there}
     fields = form.write(own)
     if fields.get("target_modules") in ("all-linear", hf.BY_NAME):  # other readers know only names
         targets = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
