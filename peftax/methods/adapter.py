@@ -11,7 +11,7 @@
 Identity at init. Trainable per module: size (rows + out) + size + out.
 Learning rate: 3e-5 to 3e-3 (paper, section 3.2: 3e-5 to 3e-3 swept on GLUE; T-Few: 3e-3).
 Source: https://arxiv.org/abs/1902.00751, section 2.1; pfeiffer: https://arxiv.org/abs/2005.00247, section 3.2;
-parallel and scaled_parallel: https://arxiv.org/abs/2110.04366, table 1 and section 4.6.
+parallel and scaled_parallel: https://arxiv.org/abs/2110.04366, table 1, sections 4.3 and 4.5.
 Departs: U starts at zero as in the parallel paper, in place of a small normal; layer norms stay frozen (chain with
 a method that selects them, to train them as Houlsby does). Nonlinear, so that nothing folds.
 """

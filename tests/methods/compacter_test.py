@@ -10,7 +10,7 @@ from peftax.methods.compacter import compacter
 from tests.methods import llama_3b, tiny
 
 SMALL = {"size": 8}
-TOY = {"size": 3, "n": 1}
+TOY = {"size": 3, "n": 1, "a_std": 1.0}
 
 
 class Twice(nn.Module):
@@ -70,8 +70,8 @@ def test_a_matrix_is_the_sum_of_kronecker_products():
     np.testing.assert_allclose(y - x, np.tanh(np.asarray(x) @ down) @ up, atol=1e-5)
 
 
-def test_counts_are_the_papers():
-    """Two adapters in each of 28 layers: 2 (3072 + 24) + 3072 + 24 each, and A once (section 4.3)."""
+def test_counts():
+    """Two adapters in each of 28 layers: 2 (3072 + 24) + 3072 + 24 each, and A once."""
     counted = sites.count(compacter(size=24, n=4), *llama_3b.found())
     assert counted["trainable"] == 28 * 2 * 3 * (3072 + 24) + 4**3
 
