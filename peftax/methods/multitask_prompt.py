@@ -10,8 +10,9 @@ Not the identity at init. Trainable: length x hidden, and tasks x rank (length +
 Learning rate: 1e-3 to 3e-1 (those of prompt tuning: Lester et al. 0.3, PEFT's MetaMathQA runs of it 1e-3).
 Source: https://arxiv.org/abs/2303.02861, its prompt decomposition, of rank 1 there.
 Departs: no distillation from prompts of single tasks, which the paper's source training adds; config.warm_start takes
-the values of an adapter with as many tasks. Starts as in Hugging Face PEFT. The task is the row's: `Ctx.tasks`, or a batch's `tasks` [B, 1],
-which come from a column task_id; packing puts examples of one task into a row. A task that does not exist gives NaN.
+the values of an adapter with as many tasks. Starts as in Hugging Face PEFT. The task is the row's: `Ctx.tasks`, or a
+batch's `tasks` [B, 1], which come from a column task_id; packing puts examples of one task into a row. A task that does
+not exist gives NaN.
 Not a change of weights, so that nothing folds.
 """
 

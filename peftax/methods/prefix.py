@@ -48,8 +48,7 @@ def prefix(
     init: str = "normal",  # "normal" | "zeros" | "tokens": keys and values that the untouched model makes of a text
     init_text: str | None = None,  # the text of init="tokens", template and all; a run's tokenizer makes init_ids of it
     init_ids: Sequence[int] = (),  # its token ids, at least `length`: the first ones count
-    projection: int
-    | None = None,  # width of a network behind the prefix while training; None: the prefix itself trains
+    projection: int | None = None,  # width of a network behind the prefix in training; None: the prefix itself trains
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
     """Trainable keys and values in every attention."""
