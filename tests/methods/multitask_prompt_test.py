@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from peftax.core import injection, tree
 from peftax.core.method import Ctx
+from peftax.data import packing
 from peftax.methods.multitask_prompt import multitask_prompt
 from peftax.train import loss
 from tests.methods import llama_3b, tiny
@@ -77,6 +80,17 @@ def test_a_batch_holds_the_tasks_and_only_theirs_train(made):
     for path in paths:
         each = np.abs(gradient[path]).reshape(3, -1).max(1)
         assert each[0] > 0 and each[1] > 0 and each[2] == 0
+
+
+def test_packed_rows_of_tasks_are_the_unpacked_ones(made):
+    method, params, _ = made
+    examples = [dataclasses.replace(e, task=i % 2) for i, e in enumerate(tiny.examples())]
+    rows = packing.pack(examples, tiny.LENGTH)
+    assert len(rows["tokens"]) < 8 and rows["segment_ids"].max() > 1
+    rows = {k: np.pad(v, ((0, 8 - len(v)), (0, 0))) for k, v in rows.items()}
+    value = jax.jit(lambda batch: loss.causal_lm(injection.inject(tiny.model().apply, method), params, batch, chunk=8))
+    packed, padded = (value(batch)[0] for batch in (rows, packing.pad(examples, tiny.LENGTH)))
+    assert abs(packed - padded) <= 1e-5 * padded
 
 
 def test_counts():
