@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--system", help="system message")
     sub.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     sub.add_argument("--max-new-tokens", type=int, default=128)
+    sub.add_argument("--task-id", type=int, help="of an adapter for several tasks: which")
 
     sub = command(merge, "fold an adapter into the weights and write a Hugging Face checkpoint")
     model(sub)
@@ -126,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", help="adapter folder")
     sub.add_argument("--inputs", help="ids.npy [B, T]")
     sub.add_argument("--expect", help="logits.npy [B, T, V]; more rows than T: the last T are compared")
+    sub.add_argument(
+        "--task-ids", type=int, nargs="+", help="of an adapter for several tasks: each row's, or one for all"
+    )
     sub.add_argument("--cases", help="a folder of cases: config.json, base_model.safetensors, input_ids.npy, CASE/...")
     sub.add_argument("--only", nargs="+", help="names of cases to run")
     sub.add_argument("--atol", type=float, default=1e-5)
@@ -192,6 +196,7 @@ def generate(args) -> None:
         max_new_tokens=args.max_new_tokens,
         eos_ids=setup.eos_ids(base),
         front=front,
+        task=args.task_id,
         batch_size=min(8, len(prompts)),
     )
     for ids in write(params, prompts):
@@ -233,9 +238,18 @@ def convert(args) -> None:
     if args.adapter:
         run = setup.attach(base, args.adapter)
         into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
+        _note(run.method.name)
     else:
         into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
     print(into)
+
+
+def _note(name: str) -> None:
+    """What Hugging Face PEFT will not read, on stderr."""
+    from peftax.weights import adapters
+
+    if line := adapters.without_peft_type(name):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def count(args) -> None:
@@ -268,12 +282,13 @@ def methods(args) -> None:
 
 
 def verify(args) -> int:
-    from peftax.weights import verification
+    from peftax.weights import adapters, verification
 
     if args.cases:
         results = verification.cases(args.cases, only=args.only)
     elif all((args.base, args.adapter, args.inputs, args.expect)):
-        results = [verification.one(args.base, args.adapter, args.inputs, args.expect)]
+        _note(adapters.read_config(args.adapter)[0])
+        results = [verification.one(args.base, args.adapter, args.inputs, args.expect, tasks=args.task_ids)]
     else:
         raise ValueError("give --base, --adapter, --inputs and --expect, or --cases")
     failed = 0

@@ -94,7 +94,11 @@ def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in known:
             raise KeyError(f"method {name} has no setting {key!r}; the nearest: {tree.nearest(key, known)}")
-    return {"name": name, **known, **given}
+    settings = {"name": name, **known, **given}
+    for part in methods.chained(name):
+        settings[part] = _settings(part, given.get(part, {}))
+        del settings[part]["name"]
+    return settings
 
 
 def _configs():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from peftax import cli
+from peftax.train import setup
 from tests.train import tiny_run
 
 GOLDEN = Path(__file__).parent / "weights" / "golden"
@@ -91,6 +92,37 @@ def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
     unfolded = capsys.readouterr().out
     assert cli.main([*ask, "--base", str(tmp_path / "folded")]) == 0
     assert capsys.readouterr().out == unfolded
+
+
+def test_a_chains_folder_from_training_to_verify(files, tmp_path, capsys):
+    """Written, written again, held against its own logits; what PEFT does not read is one line."""
+    base, _ = files
+    chain = ["--config.method.name=prefix+adapter", "--config.method.prefix.length=3", "--config.method.adapter.size=3"]
+    assert cli.main([*train(*files), *chain, "--config.train.steps=2", f"--workdir={tmp_path / 'w'}"]) == 0
+    adapter, again = str(tmp_path / "w" / "adapter"), tmp_path / "again"
+    capsys.readouterr()
+    assert cli.main(["convert", "--base", str(base), "--adapter", adapter, "--into", str(again)]) == 0
+    note = "note: Hugging Face PEFT has no type for several methods in one: prefix+adapter is a folder with one of each"
+    assert note in capsys.readouterr().err
+    for file in ("prefix/adapter_config.json", "prefix/adapter_model.safetensors", "adapter/peftax_adapter.json"):
+        assert (again / file).read_bytes() == (tmp_path / "w" / "adapter" / file).read_bytes()
+    ids = np.array([[3, 1, 4, 1, 5]], np.int32)
+    np.save(tmp_path / "ids.npy", ids)
+    run = setup.attach(setup.open_base(path=str(base), mesh={"data": 1, "fsdp": 1}), again)
+    np.save(tmp_path / "logits.npy", run.apply({"params": run.params}, ids))
+    args = ["--base", str(base), "--adapter", str(again), "--inputs", str(tmp_path / "ids.npy")]
+    assert cli.main(["verify", *args, "--expect", str(tmp_path / "logits.npy")]) == 0
+    assert note in capsys.readouterr().err
+    assert cli.main(["merge", "--base", str(base), "--adapter", str(again), "--into", str(tmp_path / "m")]) == 1
+    assert "prefix+adapter is no change of weights" in capsys.readouterr().err
+
+
+def test_verify_asks_each_rows_task(capsys):
+    case = GOLDEN / "MULTITASK_PROMPT_TUNING"
+    args = ["--base", str(GOLDEN / "base_model.safetensors"), "--adapter", str(case)]
+    args += ["--inputs", str(GOLDEN / "input_ids.npy"), "--expect", str(case / "logits.npy")]
+    assert cli.main(["verify", *args, "--task-ids", "1"]) == 0
+    assert cli.main(["verify", *args, "--task-ids", "0"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,18 @@ def test_every_key_exists(section, method, there, here, more):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "IA3Config", "PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LoraConfig",
+        "VeraConfig",
+        "IA3Config",
+        "PromptTuningConfig",
+        "PromptEncoderConfig",
+        "MultitaskPromptTuningConfig",
+        "PrefixTuningConfig",
+    ],
+)
 def test_no_field_is_left_out(name):
     import dataclasses
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,18 @@ def test_every_recipe_loads_and_its_method_builds(name):
 def test_choosing_a_method_installs_its_defaults_alone():
     config = recipe.load("smollm2_lora", [("method.rank", "8"), ("method.name", "bitfit")])
     assert config.method.to_dict() == {"name": "bitfit", **methods.defaults("bitfit")}
+
+
+def test_a_chain_has_each_methods_settings_under_its_name():
+    mam = str(Path(__file__).parent.parent / "configs" / "smollm2_mam.py")
+    config = recipe.load(mam, [("method.prefix.length", "4"), ("method.adapter.size", "8")])
+    assert (config.method.prefix.length, config.method.adapter.size) == (4, 8)
+    assert config.method.adapter.placement == "scaled_parallel"
+    assert config.method.adapter.scale is None and "name" not in config.method.adapter
+    config = recipe.load("smollm2_lora", [("method.name", "prompt+bitfit")])
+    assert config.method.to_dict() == {"name": "prompt+bitfit", **methods.defaults("prompt+bitfit")}
+    with pytest.raises(KeyError, match="nearest: 'method.prefix.length'"):
+        recipe.load(mam, [("method.prefix.lenght", "4")])
 
 
 def test_overrides_apply_left_to_right():

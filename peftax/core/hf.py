@@ -32,6 +32,7 @@ class Format:
     settle:    (layers, keyword arguments) -> both as an adapter of the untouched base, where the method moves it.
     pack:      (layers, keyword arguments) -> {tensor name: array}, where leaves are not tensors one by one.
     unpack:    its inverse: (tensors, layers with shapes in place of arrays, keyword arguments) -> layers.
+    held:      keyword arguments of what trained -> of what its folder holds, where that is less (P-tuning's network).
     opened:    (the file's tensors, keyword arguments) -> tensors as `keys` names them, where a file may differ.
     closed:    its inverse: tensors as `keys` names them -> the file's.
     """
@@ -45,6 +46,7 @@ class Format:
     settle: Callable[[Layers, Mapping[str, Any]], tuple[Layers, Mapping[str, Any]]] | None = None
     pack: Callable[[Layers, Mapping[str, Any]], dict[str, np.ndarray]] | None = None
     unpack: Callable[..., Layers] | None = None
+    held: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     opened: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
     closed: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
 

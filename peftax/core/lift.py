@@ -82,7 +82,7 @@ def per_kernel(
         if not shapes:
             raise ValueError(f"{name}: {_why_none(sites.values(), chosen, targets)}")
         if shared is not None:
-            theta.add(None, shared(jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF), shapes))
+            theta.add(None, shared(_shared_key(key, name), shapes))
         frozen, trainable = theta.halves()
         if move is not None:
             params = move_tree(tree.merge(params, frozen, trainable), sites)
@@ -173,6 +173,8 @@ def per_block(
     axes: Mapping[str, tuple[str, ...]],
     settings: Callable[[str, str], dict[str, Any] | None],
     targets: Targets | None = None,
+    shared: Callable[..., Leaves] | None = None,
+    begin: Callable[..., Callable[[str], dict[str, jax.Array]]] | None = None,
     around: Callable[..., Any] | None = None,
     adapter: str = "default",
     config: Mapping[str, Any] | None = None,
@@ -182,13 +184,16 @@ def per_block(
     Args:
       init: (key, Block, **settings) -> {"trainable": leaves, "frozen": leaves}.
       call: (theta, run, args, ctx) -> what the module returns, changed; run(*args) may be called once.
+      shared: (key, [Block of every targeted module]) -> leaves that all modules share.
+      begin: prefill -> (Hugging Face name of one layer's module -> its trainable leaves): a start made from what the
+        untouched model computes, see Method.begin.
       The others: as in per_kernel. What stands around a module has no form as weights: it does not fold.
     """
 
     chosen = _chosen(targets, settings)
 
     def init_tree(key, params, sites) -> Partition:
-        theta = _Theta(name, adapter)
+        theta, blocks = _Theta(name, adapter), []
         for block, wanted in _targeted(sites.blocks.values(), chosen):
             if any(w is None for w in wanted):
                 some = block.names[[w is not None for w in wanted].index(True)]
@@ -197,10 +202,23 @@ def per_block(
                     "model with scan=False"
                 )
             theta.add(block, _init_layers(init, key, block, block, wanted, False))
-        frozen, trainable = theta.halves()
-        if not trainable:
+            blocks.append(block)
+        if not blocks:
             raise ValueError(f"{name}: {_why_none(sites.blocks.values(), chosen, targets)}")
+        if shared is not None:
+            theta.add(None, shared(_shared_key(key, name), blocks))
+        frozen, trainable = theta.halves()
         return Partition(tree.merge(params, frozen), trainable)
+
+    def begin_tree(part, prefill, sites) -> Partition:
+        assert begin is not None
+        of_layer, flat = begin(prefill), tree.flatten(part.trainable)
+        for block, _ in _targeted(sites.blocks.values(), chosen):
+            layers = [of_layer(n) for n in block.names]
+            for leaf in layers[0]:
+                path = f"{block.path}/{name}/{adapter}/{leaf}"
+                flat[path] = jnp.stack([x[leaf] for x in layers]).reshape(flat[path].shape).astype(jnp.float32)
+        return part._replace(trainable=tree.unflatten(flat))
 
     def call_block(leaves, run, args, ctx, where):
         theta, ctx = _enter(leaves, name, adapter, ctx, where)
@@ -213,6 +231,7 @@ def per_block(
         call=call_block,
         on="block",
         fold=None,
+        begin=None if begin is None else begin_tree,
         around=around,
         axes=axes,
         settings=chosen,
@@ -335,6 +354,10 @@ def _init_layers(init, key, place: Place, what: Any, wanted: list[dict | None], 
     if any(s is None for s in wanted):  # these layers of the stack are not touched
         more["on"] = jnp.asarray([s is not None for s in wanted])
     return {**theta, "frozen": {**theta.get("frozen", {}), **more}}
+
+
+def _shared_key(key, name: str):
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 def _layer_key(key, place: Place, layer: int):

@@ -27,9 +27,11 @@ class Ctx:
     key:   for dropout; its absence means evaluation.
     start: this call fills an empty cache with its rows' first tokens; what stands before them goes in now.
     front: how many virtual tokens stand before the first real one in this call; methods set it.
+    tasks: int32 [B] (or [1], of all), each row's task, for methods that serve several; None: the method's own.
     """
 
     key: jax.Array | None = None
+    tasks: jax.Array | None = None
     start: bool = struct.field(pytree_node=False, default=False)
     front: int = struct.field(pytree_node=False, default=0)
 
@@ -74,6 +76,8 @@ class Method:
     on:     "kernel" or "block".
     fold:   (params, sites) -> params without theta; None for what is no change of weights.
     move:   (params with theta, sites) -> params whose base stands where theta began; None when the base stays.
+    begin:  (partition, prefill, sites) -> the partition with trainable leaves that start from what the untouched model
+            computes: prefill(ids) -> keys, values [L, K, S, H]; None where init says it all.
     around: (run, args, kwargs, ctx) -> what run(args, kwargs, ctx) returns, changed: a whole forward pass.
     front:  virtual tokens that it puts before the first, which a cache has to hold.
     penalty: (params, sites) -> scalar that training adds to the mean loss.
@@ -87,6 +91,7 @@ class Method:
     call: Callable[..., Any] | None = None
     on: str = "kernel"
     move: Callable[..., dict[str, Any]] | None = None
+    begin: Callable[..., Partition] | None = None
     around: Callable[..., Any] | None = None
     front: int = 0
     axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -120,6 +125,11 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
             params = method.move(params, sites) if method.move else params
         return params
 
+    def begin(part, prefill, sites):
+        for method in methods:
+            part = method.begin(part, prefill, sites) if method.begin else part
+        return part
+
     def penalty(params, sites):
         return sum((m.penalty(params, sites) for m in methods if m.penalty), start=jnp.float32(0))
 
@@ -133,12 +143,13 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
         init=init,
         fold=None if any(m.fold is None for m in methods) else fold,
         move=move if any(m.move for m in methods) else None,
+        begin=begin if any(m.begin for m in methods) else None,
         front=sum(m.front for m in methods),
         penalty=penalty if any(m.penalty for m in methods) else None,
         wrap=wrap if any(m.wrap for m in methods) else None,
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
-        config=config or {},
+        config=config or (dict(methods[0].config) if len(methods) == 1 else {m.name: dict(m.config) for m in methods}),
     )
 
 

@@ -23,12 +23,14 @@ class Example:
     `row` is its place among the rows it was encoded from.
     `groups` [n] int32, where given, sorts those tokens for reports: 1 inside the spans that
     `encode` was given, 0 outside.
+    `task`, where given, is its row's "task_id".
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     groups: np.ndarray | None = None
     row: int = -1
+    task: int | None = None
 
 
 @dataclasses.dataclass
@@ -51,6 +53,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> Example:
     A chat may hold `"tools"` too, if its template takes them. Every assistant turn counts, its
     end-of-turn token included, nothing else. `"spans"`, where given, are character spans of the
     last assistant turn's content (of the completion): tokens that overlap one get group 1.
+    `"task_id"`, where given, numbers the row's task, for methods that serve several.
     """
     spans = row.get("spans")
     chat = row.get("messages") is not None
@@ -84,7 +87,15 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> Example:
         np.asarray(ids, np.int32),
         np.asarray(weights, np.float32),
         None if spans is None else np.asarray(groups, np.int32),
+        task=_task(row),
     )
+
+
+def _task(row: Mapping[str, Any]) -> int | None:
+    task = row.get("task_id")
+    if task is not None and (isinstance(task, bool) or not isinstance(task, int | np.integer) or task < 0):
+        raise ValueError(f"task_id {task!r} is no number of a task: want 0, 1, ...")
+    return None if task is None else int(task)
 
 
 def encode_all(
@@ -139,8 +150,10 @@ def truncate(example: Example, length: int) -> Example | None:
     """The first `length` tokens; None where none of them is to be learned."""
     if not example.weights[:length].any():
         return None
-    groups = None if example.groups is None else example.groups[:length]
-    return Example(example.tokens[:length], example.weights[:length], groups, example.row)
+    cut = {
+        k: None if x is None else x[:length] for k, x in vars(example).items() if k in ("tokens", "weights", "groups")
+    }
+    return dataclasses.replace(example, **cut)
 
 
 def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bool, str]], int]:

@@ -17,7 +17,8 @@ def pack(examples: Sequence[Example], length: int, *, window: int = 64) -> Rows:
     """Rows [N, length]: tokens, targets, weights, positions, segment ids (1, 2, ...; 0 is padding).
 
     Best fit: each example, in the order given, goes into the fullest of the last `window` open rows
-    that still holds it. The same examples give the same rows.
+    that still holds it. The same examples give the same rows. Where examples have tasks, a row's are of one task, and
+    the rows hold "tasks" [N, 1].
     """
     if window < 1:
         raise ValueError(f"window is {window}: at least one row must be open")
@@ -25,7 +26,7 @@ def pack(examples: Sequence[Example], length: int, *, window: int = 64) -> Rows:
     room: dict[int, int] = {}  # open rows, oldest first
     for example in examples:
         n = _size(example, length)
-        fits = [(left, i) for i, left in room.items() if left >= n]
+        fits = [(left, i) for i, left in room.items() if left >= n and bins[i][0].task == example.task]
         if fits:
             i = min(fits)[1]
         else:
@@ -74,6 +75,11 @@ def _lay(bins: Sequence[Sequence[Example]], length: int) -> Rows:
     }
     if all(e.groups is not None for row in bins for e in row):
         rows["groups"] = np.zeros(shape, np.int32)  # of the target, as weights are
+    tasks = [row[0].task for row in bins]
+    if any(task is not None for task in tasks):
+        if None in tasks:
+            raise ValueError("some examples have a task_id and some have none; give all one")
+        rows["tasks"] = np.asarray(tasks, np.int32)[:, None]
     for r, examples in enumerate(bins):
         at = 0
         for segment, e in enumerate(examples, start=1):

@@ -1,4 +1,7 @@
-"""One paper, one file. A file here whose function bears its name is a method; there is no other list."""
+"""One paper, one file. A file here whose function bears its name is a method; there is no other list.
+
+"prefix+adapter" is the chain of these two, with each one's settings under its name.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 from peftax.core import tree
 from peftax.core.hf import Unsupported
-from peftax.core.method import Method
+from peftax.core.method import Method, chain
 
 
 @functools.cache
@@ -28,18 +31,36 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def chained(name: str) -> tuple[str, ...]:
+    """The methods that a chain's name lists; none where it is one method's. Raises ValueError where one comes twice."""
+    names = tuple(name.split("+")) if "+" in name else ()
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise ValueError(f"method {name!r}: {twice!r} comes twice; its leaves would lie in one place")
+    return names
+
+
 def defaults(name: str) -> dict:
-    """The keyword arguments of a method with their default values."""
+    """The keyword arguments of a method with their default values; of a chain, {method: these}."""
+    if parts := chained(name):
+        return {part: defaults(part) for part in parts}
     function = getattr(module(name), name)
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
 def make(name: str, **settings) -> Method:
-    """The method `name`. A key it does not know raises TypeError naming the nearest."""
+    """The method `name`, or the chain. A key it does not know raises TypeError naming the nearest."""
     known = defaults(name)
     for key in settings:
         if key not in known:
             raise TypeError(f"{name}: no setting {key!r}; the nearest: {tree.nearest(key, known)}")
+    if parts := chained(name):
+        for part, own in settings.items():
+            if not isinstance(own, Mapping):
+                key, value = next(iter(known[part].items()))
+                raise TypeError(f"{name}: {part} is {own!r}; want its settings, as {{{key!r}: {value!r}}}")
+        made = [make(part, **settings.get(part, {})) for part in parts]
+        return chain(*made, name=name, config={m.name: dict(m.config) for m in made})
     return getattr(module(name), name)(**settings)
 
 

@@ -8,23 +8,21 @@ Not the identity at init. Trainable: length x hidden.
 Learning rate: 1e-3 to 3e-1 (the authors' T5 runs: 0.3 under Adafactor; PEFT's MetaMathQA runs: 1e-3).
 Source: https://arxiv.org/abs/2104.08691, section 2; the ways to start: section 3.2.
 The rows are a segment that every other sees, so that packed examples share one prompt and see nothing else.
-Departs: nothing. Not a change of weights, so that nothing folds.
+Departs: rows of the vocabulary are drawn from all of it (as in Hugging Face PEFT), none twice while it has enough.
+A text's ids are what the tokenizer gives for it, its special tokens too, as in PEFT. Not a change of weights, so that
+nothing folds.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from peftax.core import hf, lift
-from peftax.core.method import Ctx, Kernel, Method
-from peftax.core.sites import first_output
-from peftax.ops.attention import EVERYWHERE
-from peftax.ops.product import matmul
+from peftax.core import front, hf
+from peftax.core.method import Kernel, Method
 
 AXES = {"p": ("length", "out")}
 
@@ -32,8 +30,9 @@ AXES = {"p": ("length", "out")}
 def prompt(
     *,
     length: int = 20,  # virtual tokens
-    init: str = "normal",  # "normal" | "vocabulary": rows of the table, drawn at random | "tokens": those of init_ids
-    init_ids: Sequence[int] = (),  # token ids, as of a text; repeated or cut to `length`
+    init: str = "normal",  # "normal" | "vocabulary": rows of the table, drawn at random | "tokens": those of a text
+    init_text: str | None = None,  # the text of init="tokens"; a run's tokenizer makes init_ids of it
+    init_ids: Sequence[int] = (),  # its token ids; repeated or cut to `length`
     table: str | None = None,  # suffix of the tokens' table, where the model has several
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
@@ -43,80 +42,30 @@ def prompt(
         raise ValueError(f"prompt: length {length} must be at least 1")
     if init not in ("normal", "vocabulary", "tokens"):
         raise ValueError(f"prompt: init {init!r} is none of 'normal', 'vocabulary', 'tokens'")
-    if (init == "tokens") != bool(len(init_ids)):
-        raise ValueError("prompt: init_ids and init='tokens' belong together")
-
-    def settings(name: str, kind: str) -> dict[str, Any] | None:
-        return {} if kind == "embed" and (table is None or f".{name}".endswith(f".{table}")) else None
+    if (init == "tokens") != bool(len(init_ids) or init_text):
+        raise ValueError("prompt: init='tokens' and init_text or init_ids belong together")
 
     def start(key, k: Kernel):
         rows, width = k.w.shape
         if init == "normal":
             return {"trainable": {"p": jax.random.normal(key, (length, width))}}
+        if init == "tokens" and not len(init_ids):
+            raise ValueError("prompt: init_text is no ids yet; a run tokenizes it, elsewhere give init_ids")
         ids = jnp.resize(jnp.asarray(init_ids), (length,)) if init == "tokens" else None
         if ids is None:
             ids = jax.random.choice(key, rows, (length,), replace=rows < length)
         return {"trainable": {"p": k.w[ids].astype(jnp.float32)}}
 
-    def call(theta, x, k: Kernel, ctx: Ctx):
-        y = matmul(x, k.w)
-        if not ctx.front:
-            return y
-        p = jnp.broadcast_to(theta["p"][None], (y.shape[0], *theta["p"].shape))
-        return jax.lax.dynamic_update_slice(y, p, (0, 0, 0))
-
-    def around(run, args, kwargs, ctx: Ctx):
-        if kwargs.get("method", "__call__") not in ("__call__", "hidden"):
-            return run(args, kwargs, ctx)
-        tokens, positions, segments, *rest = (*args, None, None)[: max(3, len(args))]
-        positions, segments = kwargs.pop("positions", positions), kwargs.pop("segment_ids", segments)
-        cache = kwargs.get("cache")
-        first = cache is None or ctx.start
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError("prompt: the model is given embeddings; it needs token ids, whose rows it prepends")
-        rows = tokens.shape[0]
-
-        def with_front(values, front):
-            return jnp.concatenate([jnp.broadcast_to(front, (rows, length)).astype(values.dtype), values], axis=1)
-
-        if first:
-            tokens = with_front(tokens, jnp.zeros((1, 1), tokens.dtype))
-        if positions is not None:
-            positions = positions + length
-            positions = with_front(positions, jnp.arange(length)[None]) if first else positions
-        if segments is not None and first:
-            segments = with_front(segments, jnp.full((1, 1), EVERYWHERE))
-        given = [tokens, positions, segments, *rest]
-        while given[-1] is None:
-            given.pop()
-        out = run(tuple(given), kwargs, ctx.replace(front=length if first else 0))
-        if not first:
-            return out
-        y = first_output(out)[:, length:]
-        return (y, *out[1:]) if isinstance(out, tuple) else y
-
-    lifted = lift.per_kernel(
+    return front.prompts(
         "prompt",
+        length=length,
         init=start,
-        call=call,
-        fold=None,
-        around=around,
-        front=length,
+        rows=lambda theta, ctx, n: theta["p"],
         axes=AXES,
-        settings=settings,
+        table=table,
         adapter=adapter,
         config=config,
     )
-
-    def init_once(key, params, sites):
-        tables = [s.path for s in sites.values() if settings(s.path.replace("/", "."), s.kind) is not None]
-        if len(tables) > 1:
-            raise ValueError(
-                f"prompt: the model has several tables: {', '.join(tables)}; name the tokens' with `table`"
-            )
-        return lifted.init(key, params, sites)
-
-    return dataclasses.replace(lifted, init=init_once)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:

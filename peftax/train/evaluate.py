@@ -21,10 +21,7 @@ Batch = Mapping[str, np.ndarray]
 
 @functools.partial(jax.jit, static_argnames=("apply", "chunk"))
 def _token_losses(apply: Callable, params: Any, batch: Any, *, chunk: int) -> jax.Array:
-    def plain(*args, ctx=None, **kwargs):  # evaluation has no ctx, and a bare apply takes none
-        return apply(*args, **kwargs)
-
-    return loss.token_losses(plain, params, batch, chunk=chunk)
+    return loss.token_losses(apply, params, batch, chunk=chunk)
 
 
 def nll(

@@ -28,6 +28,7 @@ class Generator:
       front: virtual tokens that the injected method puts before the first (`Method.front`).
       max_new_tokens: the most tokens a prompt is continued by.
       eos_ids: a row ends at any of these, a batch when all its rows have ended.
+      task: the task of all rows, where the injected method serves several; None: its own.
       pad_id: any id that the model knows; no real token sees it.
       batch_size: rows run together; fewer prompts run in a batch of their number.
       bucket: prompts are padded to multiples of this; smaller wastes less and compiles more.
@@ -44,6 +45,7 @@ class Generator:
         max_new_tokens: int,
         eos_ids: Sequence[int],
         front: int = 0,
+        task: int | None = None,
         pad_id: int = 0,
         batch_size: int = 16,
         bucket: int = 64,
@@ -61,7 +63,7 @@ class Generator:
                 f"generate: temperature {temperature} and top_k {top_k} must not be negative, "
                 f"top_p {top_p} must lie in (0, 1]"
             )
-        self._apply, self._init_cache, self.front = apply, init_cache, front
+        self._apply, self._init_cache, self.front, self.task = apply, init_cache, front, task
         self.max_new_tokens, self.eos_ids, self.pad_id = max_new_tokens, tuple(eos_ids), pad_id
         self.batch_size, self.bucket = batch_size, bucket
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
@@ -120,7 +122,8 @@ class Generator:
     def _prefix_cache(self, params, tokens_1xP):
         p = tokens_1xP.shape[1]
         positions, segments = jnp.arange(p)[None], jnp.ones((1, p), jnp.int32)
-        more = {"ctx": Ctx(start=True)} if self.front else {}  # a plain model.apply takes none
+        tasks = None if self.task is None else jnp.array([self.task])
+        more = {"ctx": Ctx(start=True, tasks=tasks)} if self.front else {}  # a plain model.apply takes none
         cache = self._init_cache(1, self.front + p)
         return self._hidden(params, tokens_1xP, positions, segments, cache, **more)[1]
 

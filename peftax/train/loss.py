@@ -23,7 +23,7 @@ def causal_lm(
     """Next-token loss of a model with `hidden` and `head`, weighted by batch["weights"].
 
     Args:
-      batch: tokens, targets, positions, segment_ids int32 [B, T]; weights f32 [B, T].
+      batch: tokens, targets, positions, segment_ids int32 [B, T]; weights f32 [B, T]; tasks int32 [B, 1], if any.
       chunk: positions of the sequence whose logits exist at one time.
     """
     nll = token_losses(apply, params, batch, ctx, chunk=chunk)
@@ -33,6 +33,8 @@ def causal_lm(
 def token_losses(apply, params, batch, ctx: Ctx | None = None, *, chunk: int = 128) -> jax.Array:
     """f32 [B, T]: the loss of every counted token, 0 elsewhere."""
     variables = {"params": params}
+    if "tasks" in batch:
+        ctx = (ctx or Ctx()).replace(tasks=batch["tasks"][:, 0])
     more = {} if ctx is None else {"ctx": ctx}  # a plain model.apply takes none
     h, _ = apply(
         variables,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peftax import methods, models, sharding, weights
 from peftax.core import injection, quantization, tree
 from peftax.core import sites as core_sites
-from peftax.core.method import Method, Partition
+from peftax.core.method import Method, Partition, chain
 from peftax.core.sites import Sites
 from peftax.data import asset, chat, packing, pipeline
 from peftax.data import source as data_source
@@ -169,8 +169,10 @@ def start(
     """A fresh method on the base, or what `calibrate` found; with `warm_start` its trainable values are an adapter
     folder's.
     """
-    method = methods.make(**settings)
+    method = _make(base, settings)
     part = method.init(jax.random.key(seed), base.params, base.sites)
+    if method.begin is not None:
+        part = method.begin(part, _prefill(base), base.sites)
     if found is not None:
         part = eva.fill(part, found, base.sites, adapter=settings["adapter"])
     if settings.get("init") == "loftq":
@@ -186,6 +188,42 @@ def start(
             )
         part = Partition(part.frozen, warm.trainable)
     return Run(base, method, base.place(part, method), base.inject(method))
+
+
+def _make(base: Base, settings: Mapping[str, Any]) -> Method:
+    """The method of a config; an `init_text`, also of a chain's part, as the ids that the base's tokenizer gives."""
+
+    def spelled(own: Mapping[str, Any]) -> dict[str, Any]:
+        own = {k: spelled(v) if isinstance(v, Mapping) else v for k, v in own.items()}
+        if own.get("init_text"):
+            if base.tokenizer is None:
+                raise ValueError(f"{base.path}: holds no tokenizer for init_text; give init_ids in its place")
+            own["init_ids"] = tuple(base.tokenizer(own["init_text"])["input_ids"])
+        return own
+
+    for part in methods.chained(settings["name"]):
+        if (start := settings.get(part, {}).get("init")) in ("eva", "loftq"):
+            raise ValueError(
+                f"{part}: init {start!r} works alone, not in {settings['name']!r}; start the chain otherwise"
+            )
+    return methods.make(**spelled(settings))
+
+
+def _prefill(base: Base) -> Callable[[Sequence[int]], tuple[jax.Array, jax.Array]]:
+    """ids -> keys after rope and values of every layer, [L, K, S, H], as the untouched base makes them."""
+
+    def run(ids: Sequence[int]):
+        apply, tokens = base.inject(chain()), jnp.asarray(ids, jnp.int32)[None]
+
+        @jax.jit
+        def keys_and_values(params):
+            cache = base.model.init_cache(1, len(ids))
+            cache = apply({"params": params}, tokens, cache=cache, method="hidden")[1]
+            return cache["k"][:, 0], cache["v"][:, 0]
+
+        return keys_and_values(base.params)
+
+    return run
 
 
 def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) -> eva.Found | None:
@@ -240,7 +278,7 @@ def _originals(base: Base) -> Callable[[str, int], Any]:
 
 def sketch(base: Base, settings: Mapping[str, Any]) -> Run:
     """`start` in shapes: nothing is read or computed, the base may be an outline."""
-    method = methods.make(**settings)
+    method = _make(base, settings)
     shapes = tree.abstract(base.params)
     part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, base.sites), shapes)
     return Run(base, method, part, base.inject(method))

@@ -1,5 +1,5 @@
 """Adapters in and out: Hugging Face PEFT's folder where the method has a PEFT type, the same tensors beside
-our own JSON elsewhere.
+our own JSON elsewhere. A chain's folder holds one of each of its methods, and our own JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from peftax import methods
 from peftax.core import hf, tree
 from peftax.core.hf import Unsupported
-from peftax.core.method import Method, Partition, parts
+from peftax.core.method import Method, Partition, chain, parts
 from peftax.core.sites import Sites, real_shape, theta_of
 from peftax.weights import names, source
 
@@ -54,8 +54,13 @@ def load(
     """
     folder = Path(folder)
     name, settings, raw = read_config(folder)
+    if methods.chained(name):
+        return _load_chain(folder, name, raw, params, sites, adapter)
     if "adapter" in methods.defaults(name):
         settings["adapter"] = adapter
+    form = getattr(methods.module(name), "HF", None)
+    if form is not None and form.held is not None and "peft_type" in raw:
+        settings = form.held(settings)
     method = methods.make(name, **settings)
     part = method.init(jax.random.key(0), params, sites)
     tensors = _read_tensors(folder / TENSORS)
@@ -107,6 +112,43 @@ def save(
       tokenizer: laid beside when it changed.
     """
     folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.part{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old{os.getpid()}")
+    try:
+        _write(new, part, method, sites, base, extra or {})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(new))
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def without_peft_type(name: str) -> str | None:
+    """What Hugging Face PEFT does not read in this method's folder, as one line; None where it reads it."""
+    parts = methods.chained(name)
+    lacking = [n for n in parts or (name,) if not hasattr(methods.module(n), "HF")]
+    there = f"{', '.join(lacking)}: a {OWN_CONFIG} stands there, which peftax reads"
+    if not parts:
+        return f"Hugging Face PEFT has no type for {there}" if lacking else None
+    line = f"Hugging Face PEFT has no type for several methods in one: {name} is a folder with one of each"
+    return f"{line}, and none for {there}" if lacking else f"{line}, which PEFT reads one by one"
+
+
+def _write(new: Path, part: Partition, method: Method, sites: Sites, base, extra: Mapping[str, Any]) -> None:
+    """All files of an adapter, into a folder that is made for them."""
+    new.mkdir()
+    if methods.chained(method.name):
+        for piece, own in _divided(part, method, sites):
+            _write(new / piece.name, own, piece, sites, base, extra.get(piece.name, {}))
+        more = {k: v for k, v in extra.items() if k not in method.config}
+        config = {name: {k: v for k, v in own.items() if k != "adapter"} for name, own in method.config.items()}
+        _write_json(new / OWN_CONFIG, {**more, "method": method.name, "config": config})
+        return
     frozen, trainable = (tree.flatten(half) for half in part)
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
     tensors, config = {}, {k: v for k, v in method.config.items() if k != "adapter"}
@@ -123,7 +165,7 @@ def save(
             logging.warning(
                 "%s: the base was moved and packed again; on the base as others have it the adapter fits up to the "
                 "rounding of its bits",
-                folder,
+                method.name,
             )
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
@@ -136,24 +178,47 @@ def save(
             for key, index, own in _whole(path, leaf, method, sites):
                 tensors[key] = own.to_file(value[index])
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    file, written = _config(method, config, sites, base, extra or {})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.part{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old{os.getpid()}")
-    new.mkdir()
-    try:
-        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
-        (new / file).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        (new / TENSORS).chmod((new / file).stat().st_mode)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(new))
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+    file, written = _config(method, config, sites, base, extra)
+    save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+    _write_json(new / file, written)
+    (new / TENSORS).chmod((new / file).stat().st_mode)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+# --- a chain --------------------------------------------------------------------------------------
+
+
+def _load_chain(folder: Path, name: str, raw, params, sites: Sites, adapter: str):
+    """As `load`; the raw config holds each method's own under its name."""
+    frozen, trainable, pieces = dict(params), {}, []
+    for own in methods.chained(name):
+        methods.module(own)
+        method, part, raw[own] = load(folder / own, frozen, sites, adapter=adapter)
+        if method.name != own:
+            raise ValueError(f"{folder / own}: holds {method.name!r}, where {folder / OWN_CONFIG} says {own!r}")
+        frozen, trainable = part.frozen, tree.merge(trainable, part.trainable)
+        pieces.append(method)
+    whole = chain(*pieces, name=name, config={m.name: dict(m.config) for m in pieces})
+    return whole, Partition(frozen, trainable), raw
+
+
+def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Method, Partition]]:
+    """Each method of a chain with the trainable leaves that are its own: under its name, or chosen of the base."""
+    left = tree.flatten(part.trainable)
+    for name in methods.chained(method.name):
+        piece = methods.make(name, **method.config[name])
+        choices = [m.chosen for m in parts(piece) if m.chosen is not None]
+
+        def mine(path: str, piece=piece, choices=choices) -> bool:
+            return _is_theta(path, piece) or (
+                not _is_theta(path, method) and any(chosen(n) for chosen in choices for n in sites.names(path))
+            )
+
+        own = {path: left.pop(path) for path in list(left) if mine(path)}
+        yield piece, Partition(part.frozen, tree.unflatten(own))
 
 
 # --- a method's leaves ----------------------------------------------------------------------------
@@ -317,7 +382,8 @@ def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Pa
 def _config(method: Method, own: Mapping[str, Any], sites: Sites, base, extra) -> tuple[str, dict[str, Any]]:
     form = _form(method)
     if form is None:
-        return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": base}
+        there = extra.get("base_model_name_or_path") if base is None else base
+        return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": there}
     fields = form.write(own)
     if fields.get("target_modules") in ("all-linear", hf.BY_NAME):  # other readers know only names
         targets = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}

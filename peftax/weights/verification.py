@@ -14,6 +14,7 @@ import numpy as np
 from peftax import models
 from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
+from peftax.core.method import Ctx
 from peftax.weights import adapters, base, source
 
 
@@ -27,19 +28,27 @@ class Result:
     skipped: str = ""
 
 
-def one(base_path: str | Path, adapter: str | Path, inputs: str | Path, expect: str | Path) -> Result:
-    """Compare one adapter; base and adapter are folders, inputs and expect .npy files."""
-    return _compare(_open(base_path), adapter, _array(inputs), _array(expect))
+def one(
+    base_path: str | Path,
+    adapter: str | Path,
+    inputs: str | Path,
+    expect: str | Path,
+    *,
+    tasks: Sequence[int] | None = None,
+) -> Result:
+    """Compare one adapter; base and adapter are folders, inputs and expect .npy files, tasks each row's task."""
+    return _compare(_open(base_path), adapter, _array(inputs), _array(expect), tasks)
 
 
 def cases(folder: str | Path, *, only: Sequence[str] | None = None) -> list[Result]:
     """Every case of a folder: base_model.safetensors, config.json and input_ids.npy in it, one adapter folder
-    with logits.npy a case.
+    with logits.npy a case. A cases.json, {"cases": [{"case", "task_ids"}]}, says each row's task, where it matters.
 
     Cases of methods that are not supported come back as skipped, with the reason.
     """
     folder = Path(folder)
-    found = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
+    files = (p for file in (adapters.PEFT_CONFIG, adapters.OWN_CONFIG) for p in folder.glob(f"*/{file}"))
+    found = sorted({p.parent.name for p in files})
     if not found:
         raise FileNotFoundError(f"{folder}: holds no CASE/adapter_config.json")
     for name in only or ():
@@ -47,10 +56,14 @@ def cases(folder: str | Path, *, only: Sequence[str] | None = None) -> list[Resu
             raise ValueError(f"{folder}: no case {name!r}; the nearest: {tree.nearest(name, found)}")
     opened = _open(folder / "base_model.safetensors")
     inputs = _array(folder / "input_ids.npy")
+    listed = source.read_json(folder / "cases.json")["cases"] if (folder / "cases.json").exists() else ()
+    tasks = {c["case"]: c.get("task_ids") for c in listed}
     results = []
     for name in only or found:
         try:
-            results.append(_compare(opened, folder / name, inputs, _array(folder / name / "logits.npy")))
+            results.append(
+                _compare(opened, folder / name, inputs, _array(folder / name / "logits.npy"), tasks.get(name))
+            )
         except Unsupported as error:
             results.append(Result(name, skipped=str(error)))
     return results
@@ -64,12 +77,13 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any], sites.Sites]:
     return model, base.load(opened, shapes), found
 
 
-def _compare(opened, adapter: str | Path, inputs: np.ndarray, expect: np.ndarray) -> Result:
+def _compare(opened, adapter: str | Path, inputs: np.ndarray, expect: np.ndarray, tasks=None) -> Result:
     model, params, found = opened
     method, part, _ = adapters.load(adapter, params, found)
     rows = inputs.shape[1]
     plain = model.apply({"params": params}, inputs)
-    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)[:, -rows:]
+    ctx = Ctx() if tasks is None else Ctx(tasks=jnp.asarray(tasks, jnp.int32))
+    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs, ctx=ctx)[:, -rows:]
     expect = expect[:, -rows:]
     if ours.shape != expect.shape:
         raise ValueError(f"{adapter}: expected logits have shape {expect.shape}, ours {ours.shape}")

@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -87,3 +88,16 @@ def test_errors():
         packing.pad(examples(), 8)
     with pytest.raises(ValueError, match="the split is empty"):
         packing.pack([], 8)
+
+
+def test_a_row_holds_examples_of_one_task():
+    some = [dataclasses.replace(e, task=i % 3) for i, e in enumerate(examples())]
+    packed, padded = packing.pack(some, 32), packing.pad(some, 32)
+    assert triples(packed) == triples(padded) and len(packed["tokens"]) < len(some)
+    assert padded["tasks"].tolist() == [[i % 3] for i in range(len(some))]
+    task_of = {tuple(e.tokens.tolist()): e.task for e in some}
+    for r, (task,) in enumerate(packed["tasks"]):
+        for segment in range(1, packed["segment_ids"][r].max() + 1):
+            assert task_of[tuple(packed["tokens"][r, packed["segment_ids"][r] == segment].tolist())] == task
+    with pytest.raises(ValueError, match="some examples have a task_id and some have none"):
+        packing.pack([*some, *examples(2)], 32)

@@ -22,16 +22,24 @@ class Model(nn.Module):
         return x + y
 
 
-@pytest.mark.parametrize("placement, after", [("pfeiffer", [4.0 + 3 * 6 + 1, 8.0 + 1]), ("parallel", [13.0 + 1, 9.0])])
-def test_by_hand(placement, after):
+@pytest.mark.parametrize(
+    "placement, scale, after",
+    [
+        ("pfeiffer", 3.0, [4.0 + 3 * (6 + 1), 8.0 + 3]),
+        ("parallel", 3.0, [4.0 + 3 * (3 + 1), 8.0 + 3]),
+        ("parallel", None, [4.0 + (3 + 1), 8.0 + 1]),
+        ("scaled_parallel", None, [4.0 + 4 * (3 + 1), 8.0 + 4]),
+    ],
+)
+def test_by_hand(placement, scale, after):
     """f([1, 2]) = [4, 2·1·2 = 8]... mix swaps nothing: f(x) = 2 x diag(2) = [4, 8].
 
-    D = [[1], [0]] and d = 2 read the first number and add 2; relu; U = [[1, 0]] · s = 3, u = [1, 1]:
-      after it:  y = [4, 8] + [3 (4 + 2) + 1, 1];   beside it:  y = [4, 8] + [3 (1 + 2) + 1, 1].
+    D = [[1], [0]] and d = 2 read the first number and add 2; relu; U = [[1, 0]], u = [1, 1]; s = 3, 1 or 4:
+      after it:  y = [4, 8] + s [(4 + 2) + 1, 1];   beside it:  y = [4, 8] + s [(1 + 2) + 1, 1].
     """
     x = jnp.array([[1.0, 2.0]])
     params = {"twice": {"mix": {"kernel": 2.0 * jnp.eye(2)}}}
-    method = adapter(size=1, placement=placement, targets=["twice"], activation="relu", scale=3.0)
+    method = adapter(size=1, placement=placement, targets=["twice"], activation="relu", scale=scale)
     frozen, trainable = method.init(jax.random.key(0), params, sites.find(Model().apply, params, x))
     leaves = trainable["twice"]["adapter"]["default"]
     assert {k: v.shape for k, v in leaves.items()} == {"down": (2, 1), "up": (1, 2), "down_bias": (1,), "up_bias": (2,)}
@@ -45,7 +53,7 @@ def test_by_hand(placement, after):
     assert y.tolist() == [[1.0 + after[0], 2.0 + after[1]]]
 
 
-@pytest.mark.parametrize("placement, modules", [("houlsby", {"self_attn", "mlp"}), ("parallel", {"mlp"})])
+@pytest.mark.parametrize("placement, modules", [("houlsby", {"self_attn", "mlp"}), ("scaled_parallel", {"mlp"})])
 def test_placements(placement, modules):
     part = jax.eval_shape(
         lambda p: adapter(placement=placement).init(jax.random.key(0), p, tiny.found()), tiny.params()

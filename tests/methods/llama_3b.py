@@ -22,7 +22,7 @@ CONFIG = {
 
 
 @functools.cache
-def _found():
+def found():
     model = models.build(CONFIG)
     shapes = models.abstract(model)
     return shapes, sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 3), jnp.int32))
@@ -31,4 +31,4 @@ def _found():
 def count(peft_config):
     """{"trainable": ..., "total": ...} of an adapter_config.json."""
     name, settings = methods.from_peft(peft_config)
-    return sites.count(methods.make(name, **settings), *_found())
+    return sites.count(methods.make(name, **settings), *found())

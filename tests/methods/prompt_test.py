@@ -6,7 +6,7 @@ import pytest
 
 from peftax.core import injection, sites, tree
 from peftax.methods.prompt import prompt
-from tests.methods import tiny
+from tests.methods import llama_3b, tiny
 
 
 def start(method, scan=True):
@@ -36,9 +36,17 @@ def test_starts():
     assert rows(length=50).std() == pytest.approx(1.0, rel=0.1)
 
 
+@pytest.mark.parametrize("init", ["RANDOM", "SAMPLE_VOCAB"])
+def test_counts_are_those_of_pefts_runs(init):
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 200, "prompt_tuning_init": init}
+    assert llama_3b.count(config) == {"trainable": 614_400, "total": 3_213_364_224}
+
+
 def test_errors():
     with pytest.raises(ValueError, match="belong together"):
         prompt(init="tokens")
+    with pytest.raises(ValueError, match="init_text is no ids yet"):
+        start(prompt(init="tokens", init_text="a text"))
     method = prompt(length=2)
     apply, params = injection.inject(tiny.model().apply, method), tree.merge(*start(method))
     with pytest.raises(ValueError, match="token ids"):

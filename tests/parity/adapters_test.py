@@ -10,6 +10,7 @@ import pytest
 
 from peftax import models, weights
 from peftax.core import injection, sites, tree
+from peftax.core.method import Ctx
 from peftax.weights import adapters
 
 torch = pytest.importorskip("torch", reason="torch lives in the parity venv")
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.parity
 GOLDEN = Path(__file__).parent.parent / "weights" / "golden"
 REFUSED = ("LILY",)
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/adapter_config.json") if p.parent.name not in REFUSED)
+TASKS = {c["case"]: c.get("task_ids") for c in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,9 @@ def base(tmp_path_factory):
     return folder, model, params, found
 
 
-def torch_logits(model, ids: np.ndarray) -> np.ndarray:
+def torch_logits(model, ids: np.ndarray, **more) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.from_numpy(ids).long()).logits.numpy()[:, -ids.shape[1] :]  # without a prompt's own
+        return model(torch.from_numpy(ids).long(), **more).logits.numpy()[:, -ids.shape[1] :]  # without a prompt's own
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,10 +54,12 @@ def test_peft_loads_what_we_write(base, case, tmp_path):
     )
     part = part._replace(trainable=_real(part.trainable, method, found))
     adapters.save(tmp_path / "a", part, method, found, base=str(folder), extra=raw)
-    ours = np.asarray(injection.inject(model.apply, method)({"params": tree.merge(*part)}, ids))
+    tasks = TASKS.get(case)
+    ctx, more = (Ctx(), {}) if tasks is None else (Ctx(tasks=jnp.array(tasks)), {"task_ids": torch.tensor(tasks)})
+    ours = np.asarray(injection.inject(model.apply, method)({"params": tree.merge(*part)}, ids, ctx=ctx))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     effect = np.abs(ours - torch_logits(plain, ids)).max()
-    theirs = torch_logits(PeftModel.from_pretrained(plain, tmp_path / "a").eval(), ids)
+    theirs = torch_logits(PeftModel.from_pretrained(plain, tmp_path / "a").eval(), ids, **more)
     assert effect > 0.02
     assert np.abs(ours - theirs).max() <= 1e-5 + 1e-3 * effect
 

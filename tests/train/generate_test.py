@@ -132,6 +132,18 @@ def test_what_stands_before_the_tokens_and_around_the_modules(name, before):
     assert made != expected()
 
 
+def test_the_task_of_a_prompt_for_several():
+    model, params = tiny()
+    method, other = (methods.make("multitask_prompt", length=5, tasks=2, task=task) for task in (0, 1))
+    part = method.init(jax.random.key(0), params, sites.find(model.apply, params, jnp.zeros((1, 2), jnp.int32)))
+    whole = tree.merge(part.frozen, jax.tree.map(lambda x: x + RNG.normal(0, 1, x.shape).astype("f"), part.trainable))
+    made = {}
+    for key, m, more in (("own", method, {}), ("asked", method, {"task": 1}), ("set", other, {})):
+        apply = injection.inject(model.apply, m)
+        made[key] = generator(model, apply, front=m.front, **more)(whole, PROMPTS)
+    assert made["asked"] == made["set"] != made["own"]
+
+
 def test_sampling_follows_its_seed_not_its_batch():
     model, params = tiny()
     hot = dict(temperature=2.0, seed=3)

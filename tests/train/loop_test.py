@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from peftax.train import loop, setup, step
+from peftax.train import evaluate, loop, setup, step
 from peftax.weights import adapters
 from tests.train import tiny_run
 
@@ -184,3 +184,75 @@ def test_a_start_made_from_the_originals_of_a_packed_base(files, tmp_path):
         config = tiny_run.config(*files, **{"train__steps": "1", "method__rank": "16", **overrides})
         first[name] = loop.train(config, tmp_path / name)["loss"]
     assert abs(first["loftq"] - first["dense"]) < 0.5 * abs(first["plain"] - first["dense"])
+
+
+def test_a_chain_that_begins_with_a_text(files, tmp_path):
+    """MAM: a folder for each part; the run that goes on, the folder read again and what generates are the same."""
+    text = "add 1 and 2, add 3 and 4"
+    overrides = {
+        "method__name": "prefix+adapter",
+        "method__prefix__length": "4",
+        "method__prefix__init": "tokens",
+        "method__prefix__init_text": text,
+        "method__adapter__size": "4",
+        "method__adapter__placement": "scaled_parallel",
+        "train__steps": "4",
+    }
+    config = tiny_run.config(*files, **overrides)
+    result = loop.train(config, tmp_path / "whole")
+    folder = tmp_path / "whole" / "adapter"
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter", adapters.OWN_CONFIG, "prefix"]
+    assert json.loads((folder / "prefix" / adapters.PEFT_CONFIG).read_text())["peft_type"] == "PREFIX_TUNING"
+    assert (folder / "adapter" / adapters.OWN_CONFIG).exists()
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+    again = loop.train(config, tmp_path / "half")
+    assert (again["step"], again["loss"]) == (4, result["loss"])
+
+    base = setup.open_base(**config["model"], mesh={"data": 1, "fsdp": 1})
+    started = setup.start(base, config["method"], seed=0)
+    ids = base.tokenizer(text)["input_ids"]
+    cache = base.model.init_cache(1, len(ids))
+    cache = base.model.apply({"params": base.params}, np.array([ids]), cache=cache, method="hidden")[1]
+    leaf = started.part.trainable["model"]["layers"]["self_attn"]["core_attn"]["prefix"]["default"]["v"]
+    expected = np.asarray(cache["v"])[:, 0, :, :4].swapaxes(1, 2).reshape(leaf.shape)
+    np.testing.assert_allclose(leaf, expected, atol=1e-5)
+
+    attached = setup.attach(base, folder)
+    assert attached.method.name == "prefix+adapter"
+    rows = setup.valid_rows(base, config["data"])
+    found = evaluate.nll(attached.apply, attached.params, rows)["nll"]
+    assert found == pytest.approx(result["best"][1], rel=1e-6)
+
+
+def test_a_prompt_that_begins_with_a_text(files):
+    config = tiny_run.config(*files, method__name="prompt", method__length="5", method__init="tokens")
+    base = setup.open_base(**config["model"], mesh={"data": 1, "fsdp": 1})
+    run = setup.start(base, {**config["method"], "init_text": "add 1"}, seed=0)
+    ids = base.tokenizer("add 1")["input_ids"]
+    table = np.asarray(base.params["model"]["embed_tokens"]["embedding"])
+    leaf = run.part.trainable["model"]["embed_tokens"]["prompt"]["default"]["p"]
+    np.testing.assert_array_equal(leaf, table[np.resize(ids, 5)])
+    assert run.method.config["init_ids"] == tuple(ids)
+
+
+def test_tasks_of_a_file(files, tmp_path):
+    """A column task_id: each row's own prompt in training and on valid; a task that does not exist stops the run."""
+    rows = [json.loads(line) | {"task_id": i % 3} for i, line in enumerate(files[1].read_text().splitlines())]
+    data = tmp_path / "tasks.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    overrides = {"method__name": "multitask_prompt", "method__length": "3", "train__steps": "2"}
+    config = tiny_run.config(files[0], data, **overrides, method__tasks="3")
+    result = loop.train(config, tmp_path / "run")
+    start, end = (load_file(p / adapters.TENSORS)["prefix_task_cols"] for p in _adapters(config, result, tmp_path))
+    assert (np.abs(end - start).reshape(3, -1).max(1) > 0).all()
+    with pytest.raises(FloatingPointError, match="step 1"):
+        short = tiny_run.config(files[0], data, **overrides, method__tasks="2", data__valid="None")
+        loop.train(short, tmp_path / "short")
+
+
+def _adapters(config, result, tmp_path):
+    """The folders of a start and of what a run left."""
+    base = setup.open_base(**config["model"], mesh={"data": 1, "fsdp": 1})
+    run = setup.start(base, config["method"], seed=config["train"]["init_seed"])
+    return adapters.save(tmp_path / "start", run.part, run.method, base.sites), Path(result["adapter"])

@@ -87,3 +87,11 @@ def test_a_rule_against_the_file(gptq):
     assert kinds == {"up_proj": "int4", "gate_proj": "q4_1"}
     with pytest.raises(ValueError, match="none of auto, xla, tpu, triton, mosaic_gpu"):
         setup.outline(path=str(gptq), kernel="cublas")
+
+
+def test_a_start_that_a_chain_cannot_make(gptq):
+    base = setup.outline(path=str(gptq), mesh={"data": 1, "fsdp": 8})
+    with pytest.raises(ValueError, match="lora: init 'eva' works alone, not in 'lora.adapter'"):
+        setup.sketch(base, {"name": "lora+adapter", "lora": {"init": "eva"}})
+    with pytest.raises(ValueError, match="holds no tokenizer for init_text; give init_ids"):
+        setup.sketch(base, {"name": "prompt", "init": "tokens", "init_text": "a text"})

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peftax import models, weights
+from peftax import methods, models, weights
 from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
+from peftax.core.method import Ctx
 from peftax.weights import adapters, verification
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,6 +22,11 @@ CASES = {
 }
 REFUSED = ("LILY",)
 READ = [c for c in CASES if c not in REFUSED]
+
+
+def ctx(case):
+    tasks = CASES[case].get("task_ids")
+    return Ctx() if tasks is None else Ctx(tasks=jnp.array(tasks))
 
 
 @pytest.fixture(scope="module", params=["scanned", "unrolled"])
@@ -38,12 +44,13 @@ def test_logits_counts_and_round_trip(opened, case, tmp_path):
     inputs = np.load(GOLDEN / "input_ids.npy").astype(np.int32)
     expect, plain = np.load(GOLDEN / case / "logits.npy"), np.load(GOLDEN / "base_logits.npy")
     method, part, raw = adapters.load(GOLDEN / case, params, found)
-    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs)
+    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs, ctx=ctx(case))
     expect = expect[:, -inputs.shape[1] :]  # PEFT's logits of a prompt begin with those of the prompt
     effect = np.abs(expect - plain).max()
     assert np.abs(ours - expect).max() <= 1e-5 + 1e-3 * effect
     assert effect > 0.004  # or the line above proves nothing
-    assert sites.count(method, params, found)["trainable"] == CASES[case]["trainable_params"]
+    name, settings, _ = adapters.read_config(GOLDEN / case)  # of what trained; a folder may hold less
+    assert sites.count(methods.make(name, **settings), params, found)["trainable"] == CASES[case]["trainable_params"]
 
     raw["a_field_of_tomorrow"] = {"kept": True}
     adapters.save(tmp_path / "a", part, method, found, extra=raw)
@@ -117,8 +124,6 @@ def test_errors_of_files(opened, copy):
 
 
 def test_a_method_without_a_peft_type_is_saved_too(opened, tmp_path):
-    from peftax import methods
-
     _, params, found = opened
     method = methods.make("full", targets=r".*layernorm")
     part = method.init(jax.random.key(0), params, found)
@@ -150,3 +155,45 @@ def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
     _edit(copy, lambda t: [t.pop(k) for k in list(t) if k.endswith(("randlora_A", "randlora_B"))])
     _, again, _ = adapters.load(copy, params, found)
     jax.tree.map(np.testing.assert_array_equal, drawn.frozen["randlora"], again.frozen["randlora"])
+
+
+def test_a_chain_is_a_folder_of_its_parts(opened, tmp_path):
+    """One with a PEFT type, one without, and one that trains a whole leaf beside; fields of tomorrow stay."""
+    _, params, found = opened
+    settings = {"lora": {"rank": 2, "modules_to_save": ("norm",)}, "adapter": {"size": 3}}
+    method = methods.make("lora+adapter", **settings)
+    part = method.init(jax.random.key(0), params, found)
+    noise = np.random.default_rng(0)
+    part = part._replace(
+        trainable=jax.tree.map(lambda x: x + noise.standard_normal(x.shape).astype("f"), part.trainable)
+    )
+    adapters.save(tmp_path / "a", part, method, found, base="here", extra={"lora": {"of_tomorrow": 1}, "mine": 2})
+    assert json.loads((tmp_path / "a" / "lora" / adapters.PEFT_CONFIG).read_text())["of_tomorrow"] == 1
+    again, part_again, raw = adapters.load(tmp_path / "a", params, found)
+    assert again.name == "lora+adapter" and again.config["lora"]["modules_to_save"] == ("norm",) and raw["mine"] == 2
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, part_again.trainable)
+    assert tree.flatten(part.frozen).keys() == tree.flatten(part_again.frozen).keys()
+    adapters.save(tmp_path / "b", part_again, again, found, extra=raw)
+    for file in ("lora/adapter_config.json", "lora/" + adapters.TENSORS, "adapter/" + adapters.TENSORS):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    name, own, _ = adapters.read_config(tmp_path / "b")
+    assert sites.count(methods.make(name, **own), params, found)["trainable"] == tree.count(part.trainable)
+    alone, one, _ = adapters.load(tmp_path / "a" / "lora", params, found)  # as PEFT sees it
+    assert alone.name == "lora"
+    assert {p for p in tree.flatten(part.trainable) if "/adapter/" not in p} == set(tree.flatten(one.trainable))
+
+    (tmp_path / "a" / "lora" / adapters.PEFT_CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match="lora: holds no adapter_config.json"):
+        adapters.load(tmp_path / "a", params, found)
+    shutil.rmtree(tmp_path / "b" / "lora")
+    shutil.copytree(GOLDEN / "IA3", tmp_path / "b" / "lora")
+    with pytest.raises(ValueError, match="holds 'ia3', where .* says 'lora'"):
+        adapters.load(tmp_path / "b", params, found)
+
+
+def test_what_peft_does_not_read_is_said():
+    assert adapters.without_peft_type("lora") is None
+    assert "has no type for adapter: a peftax_adapter.json" in adapters.without_peft_type("adapter")
+    both = adapters.without_peft_type("prefix+adapter")
+    assert "no type for several methods in one" in both and "and none for adapter: a peftax_adapter.json" in both
+    assert adapters.without_peft_type("prefix+lora").endswith("which PEFT reads one by one")
