@@ -25,11 +25,13 @@ class Ctx:
     """What travels into every intercepted call.
 
     key:   for dropout; its absence means evaluation.
+    adapters: int [B], which adapter of a mixed batch each row takes, -1 for none; see peftax/mixed_batch.py.
     start: this call fills an empty cache with its rows' first tokens; what stands before them goes in now.
     front: how many virtual tokens stand before the first real one in this call; methods set it.
     """
 
     key: jax.Array | None = None
+    adapters: jax.Array | None = None
     start: bool = struct.field(pytree_node=False, default=False)
     front: int = struct.field(pytree_node=False, default=0)
 
@@ -72,6 +74,9 @@ class Method:
               on a kernel: (its leaves, x, Kernel, ctx, where) -> y
               on a block:  (its leaves, run, args, ctx, where) -> what run(*args) returns, changed
     on:     "kernel" or "block".
+    adapter: the name under which its leaves lie; others of the same method may stand beside them and do nothing.
+    share:  where several parts meet at one kernel, what they change of y is added up, each times its share; None:
+            they may not meet.
     fold:   (params, sites) -> params without theta; None for what is no change of weights.
     move:   (params with theta, sites) -> params whose base stands where theta began; None when the base stays.
     around: (run, args, kwargs, ctx) -> what run(args, kwargs, ctx) returns, changed: a whole forward pass.
@@ -86,6 +91,8 @@ class Method:
     fold: Callable[..., dict[str, Any]] | None
     call: Callable[..., Any] | None = None
     on: str = "kernel"
+    adapter: str = "default"
+    share: float | None = None
     move: Callable[..., dict[str, Any]] | None = None
     around: Callable[..., Any] | None = None
     front: int = 0
