@@ -63,7 +63,8 @@ def combine(
 
       cat                  A = [w_i s_i A_i], B = [B_i]: Σ w_i s_i A_i B_i exactly, the ranks add up
       svd                  the best `rank` ranks of that sum
-      linear               A = Σ sign(w_i) sqrt(|w_i| s_i) A_i, B = Σ sqrt(|w_i| s_i) B_i: of equal ranks, with cross terms
+      linear               A = Σ sign(w_i) sqrt(|w_i| s_i) A_i, B = Σ sqrt(|w_i| s_i) B_i, of equal ranks: a rough
+                           sum, since every A_i meets every B_j
       ties, dare_linear, dare_ties, magnitude_prune     as linear, of pruned A_i and B_i
       ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd     of pruned ΔW_i, then the best `rank` ranks
 
@@ -274,4 +275,5 @@ def _check_rank(verb: str, rank: int | float) -> None:
 def report(made: Made) -> str:
     """Lines of relative errors: every module's, then that of all."""
     lines = [f"{left / whole if whole else 0.0:8.2%}  {name}" for name, (left, whole) in made.errors.items()]
-    return "\n".join([*lines, f"{made.error:8.2%}  of all, relative Frobenius error of rank {made.method.config['rank']}"])
+    rank = made.method.config["rank"]
+    return "\n".join([*lines, f"{made.error:8.2%}  of all: relative Frobenius error of rank {rank}"])

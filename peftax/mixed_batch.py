@@ -8,10 +8,10 @@
   first : [adapters] int        where each one's ranks begin
   gain  : [adapters + 1, out]   g = m / ‖W + s A B‖ of DoRA, ones elsewhere and in the last row; only with a DoRA
 
-Few tokens a row (generation): all ranks of all adapters as one product, in which a row's numbers for the ranks of others
-are set to zero. Every A and B is read once, and none is copied. Many tokens a row: each row's own ranks are gathered,
-and a batched product does no more work than with one adapter. Shapes decide which, and nothing is padded but
-what is gathered. An adapter that is no target somewhere takes no room there.
+Few tokens a row (generation): all ranks of all adapters as one product, in which a row's numbers for the ranks of
+others are set to zero. Every A and B is read once, and none is copied. Many tokens a row: each row's own ranks are
+gathered, and a batched product does no more work than with one adapter. Shapes decide which, and nothing is padded
+but what is gathered. An adapter that is no target somewhere takes no room there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from peftax.core import adapters, lift, tree
 from peftax.core.method import Ctx, Kernel, Method, Partition
 from peftax.core.sites import Sites
-from peftax.ops.product import last, linear, matmul
+from peftax.ops.product import last, matmul
 from peftax.ops.qtensor import dense
 
 AXES = {
@@ -56,6 +56,7 @@ def mixed_batch(several: Sequence[tuple[Method, Partition]], sites: Sites) -> tu
     if not several:
         raise ValueError("mixed_batch: no adapters")
     each = []
+    dora = any(method.name == "dora" for method, _ in several)
     for method, part in several:
         if method.name not in ("lora", "dora"):
             raise ValueError(
@@ -65,15 +66,18 @@ def mixed_batch(several: Sequence[tuple[Method, Partition]], sites: Sites) -> tu
         each.append(adapters.layers(method, part, sites))
     ranks = {n: [x[n]["a"].shape[1] if n in x else 0 for x in each] for n in sites.by_name()}
     widest = max(max(r) for r in ranks.values())
-    mixed = _method(ranks, widest, gains=any(method.name == "dora" for method, _ in several))
+    experts = [s.path for s in sites.values() if s.n_stack and any(any(ranks[n]) for n in s.names)]
+    if experts:
+        raise ValueError(f"mixed_batch: {experts[0]!r} holds a stack of experts, which are given no rows of the batch")
+    mixed = _method(ranks, widest, gains=dora)
     old, part = several[0]
     base, _ = tree.split(tree.merge(*part), lambda path: adapters.is_theta(path, old))
     made = mixed.init(jax.random.key(0), base, sites)
     values = {n: _joined([x.get(n) for x in each]) for n, own in ranks.items() if any(own)}
-    if any(method.name == "dora" for method, _ in several):
-        flat = tree.flatten(base)
+    if dora:
+        flat, places = tree.flatten(base), sites.by_name()
         for n, leaves in values.items():
-            site, layer = sites.by_name()[n]
+            site, layer = places[n]
             w = jax.tree.map(lambda x, i=layer: x[i], site.matrix(flat[site.kernel]))
             leaves["gain"] = _gains([x.get(n) for x in each], np.asarray(dense(w.astype(jnp.float32))))
     return mixed, adapters.filled(mixed, made, sites, values)
@@ -124,9 +128,9 @@ def _update(theta, x: jax.Array, which: jax.Array, widest: int) -> jax.Array:
     tokens = math.prod(x.shape[1:-1])
     if jnp.issubdtype(x.dtype, jnp.integer) or tokens * a.shape[1] <= GATHERED * widest:
         low = matmul(x, a)
-        mine = owner == which[:, None]
+        mine = owner[None] == which[:, None]
         return matmul(low * mine.reshape(len(which), *(1,) * (low.ndim - 2), -1).astype(low.dtype), b)
-    ranks = theta["first"][which][:, None] + jnp.arange(widest)  # those of -1 are the last adapter's, and masked
+    ranks = theta["first"][which][:, None] + jnp.arange(widest)[None]  # those of -1 are the last adapter's, and masked
     mine = jnp.take(owner, ranks, mode="fill", fill_value=-2) == which[:, None]
     a_BxDxR = jnp.moveaxis(jnp.take(a, ranks, axis=1, mode="clip"), 1, 0)
     b_BxRxO = jnp.take(b, ranks, axis=0, mode="clip") * mine[..., None].astype(b.dtype)
