@@ -69,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is going on")
         return sub
 
-    def model(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
+    def model(sub: argparse.ArgumentParser, adapter: bool | None = True) -> None:
         sub.add_argument("--base", required=True, help="Hugging Face folder, .gguf or .safetensors file, or hub id")
-        sub.add_argument("--adapter", required=adapter, help="adapter folder")
+        if adapter is not None:
+            sub.add_argument("--adapter", required=adapter, help="adapter folder")
         sub.add_argument("--dtype", default="float32", help="of activations and products")
         sub.add_argument("--quantize", type=_literal, default=(), help="rules as in config.model.quantize")
 
@@ -111,6 +112,25 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(convert, "write a base, or with --adapter an adapter, as a Hugging Face folder")
     model(sub, adapter=False)
+    sub.add_argument("--into", required=True, help="folder to write")
+    sub.add_argument(
+        "--to-lora",
+        type=_rank,
+        metavar="RANK",
+        help="of an adapter of any method: as LoRA of this rank (of a LoRA adapter: its best ranks); a number with a "
+        "point is the share of each site's energy to keep",
+    )
+
+    sub = command(combine, "several LoRA adapters of one base as one")
+    model(sub, adapter=None)
+    sub.add_argument("--adapters", required=True, nargs="+", help="adapter folders")
+    sub.add_argument("--weights", type=float, nargs="+", help="one for each, negative ones subtract; default: 1")
+    sub.add_argument("--kind", default="svd", help="as add_weighted_adapter's combination_type in Hugging Face PEFT")
+    sub.add_argument("--rank", type=int, help="of kinds with an svd; default: the adapters' largest")
+    sub.add_argument("--density", type=float, help="of ties, dare and magnitude_prune: the share of numbers that stays")
+    sub.add_argument("--majority", default="total", help="of ties, who elects a sign: total or frequency")
+    sub.add_argument("--clamp", type=float, help="of kinds with an svd: the quantile at which factors are cut")
+    sub.add_argument("--seed", type=int, default=0, help="of dare's random numbers")
     sub.add_argument("--into", required=True, help="folder to write")
 
     sub = command(count, "trainable and total numbers of an adapter, without allocating weights")
@@ -230,17 +250,23 @@ def merge(args) -> None:
 
 
 def convert(args) -> None:
-    from peftax import weights
+    from peftax import combination, weights
     from peftax.train import setup
     from peftax.weights import adapters
 
+    if args.to_lora is not None and not args.adapter:
+        raise ValueError("--to-lora wants an --adapter")
     base = _base(args)
-    if args.adapter:
+    if not args.adapter:
+        into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
+    elif args.to_lora is None:
         run = setup.attach(base, args.adapter)
         into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
         _note(run.method.name)
     else:
-        into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
+        method, part, raw = adapters.load(args.adapter, base.params, base.sites)
+        change = combination.truncate if method.name == "lora" else combination.convert
+        into = _written(change(method, part, base.sites, args.to_lora), base, args.into, raw)
     print(into)
 
 
@@ -250,6 +276,35 @@ def _note(name: str) -> None:
 
     if line := adapters.without_peft_type(name):
         print(f"note: {line}", file=sys.stderr)
+
+
+def combine(args) -> None:
+    from peftax import combination
+    from peftax.weights import adapters
+
+    base = _base(args)
+    loaded = [adapters.load(folder, base.params, base.sites) for folder in args.adapters]
+    made = combination.combine(
+        [(method, part) for method, part, _ in loaded],
+        args.weights or [1.0] * len(loaded),
+        base.sites,
+        kind=args.kind,
+        rank=args.rank,
+        density=args.density,
+        majority=args.majority,
+        clamp=args.clamp,
+        seed=args.seed,
+    )
+    print(_written(made, base, args.into, loaded[0][2]))
+
+
+def _written(made, base, into, raw) -> Path:
+    from peftax import combination
+    from peftax.weights import adapters
+
+    if made.errors:
+        print(combination.report(made), file=sys.stderr)
+    return adapters.save(into, made.part, made.method, base.sites, base=raw.get("base_model_name_or_path"))
 
 
 def count(args) -> None:
@@ -306,6 +361,13 @@ def verify(args) -> int:
     ran = sum(not r.skipped for r in results)
     print(f"{ran} compared, {len(results) - ran} skipped, {failed} failed")
     return int(bool(failed) or ran == 0)
+
+
+def _rank(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a rank nor, with a point, a share of energy") from None
 
 
 def _literal(text: str):

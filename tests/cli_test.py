@@ -175,6 +175,27 @@ def test_logits_file_that_is_not_one(tmp_path, capsys):
     assert np.load(GOLDEN / "input_ids.npy").shape == (1, 24)
 
 
+def test_convert_to_lora_and_combine(tmp_path, capsys):
+    base = ["--base", str(GOLDEN / "base_model.safetensors")]
+    into = tmp_path / "as_lora"
+    words = ["convert", *base, "--adapter", str(GOLDEN / "LOHA"), "--into", str(into)]
+    assert cli.main([*words, "--to-lora=3"]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(into) and json.loads((into / "adapter_config.json").read_text())["r"] == 3
+    *each, overall = said.err.strip().splitlines()
+    assert "relative Frobenius error of rank 3" in overall and len(each) >= 4
+    small = ["convert", *base, "--adapter", str(GOLDEN / "LORA_all_linear"), "--into", str(tmp_path / "small")]
+    assert cli.main([*small, "--to-lora=0.9"]) == 0
+    capsys.readouterr()
+    several = ["combine", *base, "--adapters", str(GOLDEN / "LORA"), str(into), "--into", str(tmp_path / "sum")]
+    assert cli.main([*several, "--weights", "0.5", "-1", "--kind=cat"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "sum")
+    assert cli.main([*several, "--kind=ties"]) == 1
+    assert "ties wants a density" in capsys.readouterr().err
+    assert cli.main(["convert", *base, "--to-lora=3", "--into", str(tmp_path / "x")]) == 1
+    assert "--to-lora wants an --adapter" in capsys.readouterr().err
+
+
 RULES = "(('self_attn', {'fmt': 'nf4', 'group': 32}),)"
 
 

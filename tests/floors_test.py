@@ -18,6 +18,8 @@ FLOORS = {
     "weights": 4,
     "train": 5,
     "catalog": 4,
+    "combination": 4,
+    "mixed_batch": 4,
     "plan": 6,
     "sweep": 6,
     "report": 6,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,19 +29,23 @@ def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None
       rows: where the rows of a batch lie on a mesh. What goes into and comes out of every site is
         held there; else XLA may gather the batch where it should gather a weight.
 
+    Adapters that the tree holds under other names do nothing: which one acts is what `method` says.
+
     Raises (when called):
-      ValueError: the tree holds no leaves of the method, a whole forward pass (no `method=`) left
-        some untouched, or two methods meet at one site.
+      ValueError: the tree holds no leaves of the method's adapter, a whole forward pass (no `method=`)
+        left some untouched, or two methods meet at one site (see `adapters.together`).
     """
-    acting = {m.name: m for m in parts(method) if m.call is not None}
+    acting = [m for m in parts(method) if m.call is not None]
 
     def injected(variables, *args, ctx: Ctx | None = None, **kwargs):
         params = variables["params"]
         held = _held(params, acting)
         if acting and not held:
-            names = ", ".join(acting)
-            raise ValueError(f"inject: the parameters hold no leaves of {names}; merge(frozen, trainable) first")
-        shared = {name: params[name] for name in acting if isinstance(params.get(name), Mapping)}
+            names = ", ".join(f"{m.name} {m.adapter!r}" for m in acting)
+            others = {p.split("/")[-2] for p in tree.flatten(params) if p.split("/")[-3:-2] == [acting[0].name]}
+            hint = f"they hold {', '.join(sorted(others))}" if others else "merge(frozen, trainable) first"
+            raise ValueError(f"inject: the parameters hold no leaves of {names}; {hint}")
+        shared = {m.name: params[m.name] for m in acting if isinstance(params.get(m.name), Mapping)}
         reached: set[str] = set()
 
         def run(args, kwargs, ctx):
@@ -63,10 +67,10 @@ def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None
     return injected
 
 
-def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: Ctx, rows, reached: set[str]):
+def _interceptor(acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, rows, reached: set[str]):
     callers: list[nn.Module] = []
-    on_kernels = [m for m in acting.values() if m.on == "kernel"]
-    on_blocks = [m for m in acting.values() if m.on == "block"]
+    on_kernels = [m for m in acting if m.on == "kernel"]
+    on_blocks = [m for m in acting if m.on == "block"]
 
     def enter(module, next_fun, call_args, call_kwargs):
         callers.append(module)
@@ -77,27 +81,31 @@ def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: C
 
     def at_kernel(view, module, next_fun, call_args, call_kwargs):
         holder, path = owner(view, module, callers)
-        found = {m.name: leaves for m in on_kernels if (leaves := _leaves(holder, path, m.name))}
-        if len(found) > 1:
-            raise ValueError(f"inject: {' and '.join(found)} meet at {path!r}; one must go")
+        found = [m for m in on_kernels if _leaves(holder, path, m)]
+        if len(found) > 1 and any(m.share is None for m in found):
+            raise ValueError(f"inject: {' and '.join(m.name for m in found)} meet at {path!r}; one must go")
         held = None if view.n_stack else rows  # the first axis may number experts
         call_args = (_hold(call_args[0], held), *call_args[1:])
         if not found and not isinstance(module.variables.get("params", {}).get(view.kernel), QTensor):
             return _hold(enter(module, next_fun, call_args, call_kwargs), held)
         x, kernel = _kernel(view, module, call_args[0], held)
-        leaves, call = {}, _linear
-        if found:
-            ((name, leaves),) = found.items()
-            reached.add(f"{path}/{name}")
-            call = functools.partial(at_site, acting[name], _template(path))
+        reached.update(_leaf(path, m) for m in found)
+        leaves = {m.name: _leaves(holder, path, m) for m in found}
+        call = functools.partial(at_site, found, _template(path))
         y = (jax.vmap(call) if view.n_stack else call)(leaves, x, kernel)
         return _hold(view.back(y), held)
 
-    def at_site(method, where, leaves, x, kernel):
-        return method.call(_with_shared(leaves, shared.get(method.name)), x, kernel, ctx, where)
+    def at_site(methods, where, leaves, x, kernel):
+        if [m.share for m in methods] in ([None], [1.0]):
+            return one(methods[0], where, leaves, x, kernel)
+        plain = linear(x, kernel.w, kernel.b)
+        return sum((m.share * (one(m, where, leaves, x, kernel) - plain) for m in methods), start=plain)
+
+    def one(method, where, leaves, x, kernel):
+        return method.call(_with_shared(leaves[method.name], shared.get(method.name)), x, kernel, ctx, where)
 
     def around_block(method, leaves, path, run, *call_args):
-        reached.add(f"{path}/{method.name}")
+        reached.add(_leaf(path, method))
         leaves = _with_shared(leaves, shared.get(method.name))
         return method.call(leaves, run, call_args, ctx, _template(path))
 
@@ -112,7 +120,7 @@ def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: C
         try:
             if context.method_name == "__call__":
                 for method in on_blocks:
-                    if leaves := _leaves(module, path, method.name):
+                    if leaves := _leaves(module, path, method):
                         run = functools.partial(around_block, method, leaves, path, run)
             return run(*call_args)
         except Exception as error:
@@ -123,22 +131,28 @@ def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: C
     return intercept
 
 
-def _held(params, acting: Mapping[str, Method]) -> set[str]:
-    """The places that hold leaves: "<place>/<method>"."""
+def _held(params, acting: Sequence[Method]) -> set[str]:
+    """The places that hold leaves: "<place>/<method>/<adapter>"."""
+    axes = {(m.name, m.adapter): m.axes for m in acting}
     found = set()
     for path in tree.flatten(params):
-        *place, name, _, leaf = ("", "", "", *path.split("/"))
-        if name in acting and (leaf in acting[name].axes) and any(place):
-            found.add("/".join((*place, name)).lstrip("/"))
+        *place, name, adapter, leaf = ("", "", "", *path.split("/"))
+        if leaf in axes.get((name, adapter), ()) and any(place):
+            found.add("/".join((*place, name, adapter)).lstrip("/"))
     return found
 
 
-def _leaves(holder: nn.Module, path: str, name: str) -> Mapping[str, Any] | None:
+def _leaf(path: str, method: Method) -> str:
+    return f"{path}/{method.name}/{method.adapter}"
+
+
+def _leaves(holder: nn.Module, path: str, method: Method) -> Mapping[str, Any] | None:
+    """{adapter: leaves} that the place holds of this method, its own among them; None where it is no target."""
     held = holder.variables.get("params", {})
     for part in path.split("/")[len(holder.path) :]:  # the "attend" of a table
         held = held.get(part, {})
-    leaves = held.get(name)
-    return leaves if isinstance(leaves, Mapping) else None
+    leaves = held.get(method.name)
+    return leaves if isinstance(leaves, Mapping) and method.adapter in leaves else None
 
 
 def _with_shared(leaves, shared):
@@ -164,10 +178,6 @@ def _kernel(view: views.View, module, x: jax.Array, rows) -> tuple[jax.Array, Ke
     if isinstance(w, QTensor):
         w = dataclasses.replace(w, rows=rows)
     return x, Kernel(w, None if b is None else b.astype(dtype), view.kind)
-
-
-def _linear(_, x: jax.Array, k: Kernel) -> jax.Array:
-    return linear(x, k.w, k.b)
 
 
 def _template(path: str) -> str:

@@ -144,7 +144,7 @@ def per_kernel(
         return jnp.sum(jnp.where(on, values, 0)) / jnp.sum(on)
 
     def call_site(leaves, x, k, ctx, where):
-        theta, ctx = _enter(leaves, name, adapter, ctx, where)
+        theta, ctx = _enter(leaves, adapter, ctx, where)
         y = call(_cast(theta, k.w.dtype, exact), x, k, ctx)
         return jnp.where(theta["on"], y, linear(x, k.w, k.b)) if "on" in theta else y
 
@@ -160,6 +160,7 @@ def per_kernel(
         wrap=wrap,
         axes=axes,
         settings=chosen,
+        adapter=adapter,
         needs=needs,
         config=config or {},
     )
@@ -221,7 +222,7 @@ def per_block(
         return part._replace(trainable=tree.unflatten(flat))
 
     def call_block(leaves, run, args, ctx, where):
-        theta, ctx = _enter(leaves, name, adapter, ctx, where)
+        theta, ctx = _enter(leaves, adapter, ctx, where)
         first = next(a for a in args if isinstance(a, jax.Array))
         return call(_cast(theta, first.dtype), run, args, ctx)
 
@@ -235,6 +236,7 @@ def per_block(
         around=around,
         axes=axes,
         settings=chosen,
+        adapter=adapter,
         config=config or {},
     )
 
@@ -410,12 +412,9 @@ def _take(flat: dict[str, Any], place: Place | None, name: str, adapter: str) ->
     return {p.removeprefix(at): flat.pop(p) for p in list(flat) if p.startswith(at)}
 
 
-def _enter(leaves: Leaves, name: str, adapter: str, ctx: Ctx, where: str) -> tuple[dict[str, jax.Array], Ctx]:
+def _enter(leaves: Leaves, adapter: str, ctx: Ctx, where: str) -> tuple[dict[str, jax.Array], Ctx]:
     """The leaves of one adapter, and a ctx whose key is this layer's own."""
-    theta = leaves.get(adapter)
-    if theta is None:
-        held = ", ".join(sorted(leaves))
-        raise ValueError(f"{name}: no adapter {adapter!r} at {where!r}; it holds {held}")
+    theta = leaves[adapter]
     if ctx.key is not None and "id" in theta:
         key = jax.random.fold_in(ctx.key, theta["id"])
         key = jax.random.fold_in(key, zlib.crc32(where.encode()) & 0x7FFFFFFF)

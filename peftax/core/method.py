@@ -25,6 +25,7 @@ class Ctx:
     """What travels into every intercepted call.
 
     key:   for dropout; its absence means evaluation.
+    adapters: int [B], which adapter of a mixed batch each row takes, -1 for none; see peftax/mixed_batch.py.
     start: this call fills an empty cache with its rows' first tokens; what stands before them goes in now.
     front: how many virtual tokens stand before the first real one in this call; methods set it.
     tasks: int32 [B] (or [1], of all), each row's task, for methods that serve several; None: the method's own.
@@ -32,6 +33,7 @@ class Ctx:
 
     key: jax.Array | None = None
     tasks: jax.Array | None = None
+    adapters: jax.Array | None = None
     start: bool = struct.field(pytree_node=False, default=False)
     front: int = struct.field(pytree_node=False, default=0)
 
@@ -74,6 +76,9 @@ class Method:
               on a kernel: (its leaves, x, Kernel, ctx, where) -> y
               on a block:  (its leaves, run, args, ctx, where) -> what run(*args) returns, changed
     on:     "kernel" or "block".
+    adapter: the name under which its leaves lie; others of the same method may stand beside them and do nothing.
+    share:  where several parts meet at one kernel, what they change of y is added up, each times its share; None:
+            they may not meet.
     fold:   (params, sites) -> params without theta; None for what is no change of weights.
     move:   (params with theta, sites) -> params whose base stands where theta began; None when the base stays.
     begin:  (partition, prefill, sites) -> the partition with trainable leaves that start from what the untouched model
@@ -90,6 +95,8 @@ class Method:
     fold: Callable[..., dict[str, Any]] | None
     call: Callable[..., Any] | None = None
     on: str = "kernel"
+    adapter: str = "default"
+    share: float | None = None
     move: Callable[..., dict[str, Any]] | None = None
     begin: Callable[..., Partition] | None = None
     around: Callable[..., Any] | None = None

@@ -275,8 +275,9 @@ def count(method: Method, params: Any, sites: Sites) -> dict[str, int]:
 
 def theta_of(path: str, method: Method, sites: Sites) -> tuple[Place | None, Method, tuple[str, ...]]:
     """The place (None: shared by all), the method and the axes of a leaf at [<place>/]<method>/<adapter>/<leaf>."""
-    *place, name, _, leaf = path.split("/")
-    piece = next(m for m in parts(method) if m.name == name)
+    *place, name, adapter, leaf = path.split("/")
+    same = [m for m in parts(method) if m.name == name]
+    piece = next((m for m in same if m.adapter == adapter), same[0])  # another adapter's leaves lie as its own do
     axes = tuple(piece.axes.get(leaf, ()))
     where = "/".join(place)
     if not place:

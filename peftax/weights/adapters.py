@@ -4,7 +4,6 @@ our own JSON elsewhere. A chain's folder holds one of each of its methods, and o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -21,9 +20,11 @@ from safetensors.numpy import save_file
 
 from peftax import methods
 from peftax.core import hf, tree
+from peftax.core.adapters import Slot, is_theta
+from peftax.core.adapters import slots as slots_of
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, chain, parts
-from peftax.core.sites import Sites, real_shape, theta_of
+from peftax.core.sites import Sites
 from peftax.weights import names, source
 
 PREFIX = "base_model.model."
@@ -65,7 +66,7 @@ def load(
     part = method.init(jax.random.key(0), params, sites)
     tensors = _read_tensors(folder / TENSORS)
     frozen, trainable = (tree.flatten(half) for half in part)
-    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
+    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
     for piece in parts(method):
         if piece.call is None:
@@ -73,7 +74,7 @@ def load(
         form = _form(piece)
         if form is not None and form.opened is not None:
             tensors = form.opened(tensors, method.config)
-        slots = list(_slots(theta, piece, method, sites))
+        slots = list(slots_of(theta, piece, method, sites))
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
         for slot, value in _unpack(tensors, wanted, piece, trainable, method.config, folder):
             if slot.path in trainable:
@@ -150,12 +151,12 @@ def _write(new: Path, part: Partition, method: Method, sites: Sites, base, extra
         _write_json(new / OWN_CONFIG, {**more, "method": method.name, "config": config})
         return
     frozen, trainable = (tree.flatten(half) for half in part)
-    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
+    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
     tensors, config = {}, {k: v for k, v in method.config.items() if k != "adapter"}
     for piece in parts(method):
         if piece.call is None:
             continue
-        slots = {(s.name, s.leaf): s for s in _slots(theta, piece, method, sites)}
+        slots = {(s.name, s.leaf): s for s in slots_of(theta, piece, method, sites)}
         layers: hf.Layers = {}
         for slot in slots.values():
             value = _numbers(theta[slot.path])[slot.index]
@@ -213,8 +214,8 @@ def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Me
         choices = [m.chosen for m in parts(piece) if m.chosen is not None]
 
         def mine(path: str, piece=piece, choices=choices) -> bool:
-            return _is_theta(path, piece) or (
-                not _is_theta(path, method) and any(chosen(n) for chosen in choices for n in sites.names(path))
+            return is_theta(path, piece) or (
+                not is_theta(path, method) and any(chosen(n) for chosen in choices for n in sites.names(path))
             )
 
         own = {path: left.pop(path) for path in list(left) if mine(path)}
@@ -222,38 +223,6 @@ def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Me
 
 
 # --- a method's leaves ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it."""
-
-    path: str
-    index: tuple
-    shape: tuple[int, ...]
-    name: str
-    leaf: str
-    kind: str
-
-
-def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites) -> Iterator[_Slot]:
-    """Every layer's part of one method's leaves, without padding."""
-    for path, leaf in theta.items():
-        place, own_piece, axes = theta_of(path, method, sites)
-        last = path.rsplit("/", 1)[-1]
-        if own_piece is not piece or last not in piece.axes:
-            continue
-        if place is None:
-            yield _Slot(path, (), tuple(leaf.shape), "", last, "shared")
-            continue
-        own = leaf.shape[len(place.stack) :]
-        for layer, name in enumerate(place.names):
-            settings = piece.settings(name, place.kind) if piece.settings else {}
-            if settings is None:
-                continue
-            shape = real_shape(settings, axes, own)
-            at = np.unravel_index(layer, place.stack) if place.stack else ()
-            yield _Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind)
 
 
 def _numbers(leaf: Any) -> np.ndarray:
@@ -266,7 +235,7 @@ def _form(piece: Method) -> hf.Format | None:
     return getattr(methods.module(piece.name), "HF", None)
 
 
-def _file_key(slot: _Slot, piece: Method) -> str | None:
+def _file_key(slot: Slot, piece: Method) -> str | None:
     """The tensor that holds this slot; None where a PEFT folder holds none of its own."""
     form = _form(piece)
     if form is None:
@@ -305,7 +274,7 @@ def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[st
 
 def _unpack(
     tensors: dict[str, np.ndarray], slots, piece: Method, trainable, config, folder: Path
-) -> Iterator[tuple[_Slot, np.ndarray]]:
+) -> Iterator[tuple[Slot, np.ndarray]]:
     form = _form(piece)
     if form is not None and form.unpack is not None:
         shapes: dict[str, dict[str, tuple]] = {}
@@ -345,11 +314,6 @@ def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], fol
             "another model?"
         )
     return tensor
-
-
-def _is_theta(path: str, method: Method) -> bool:
-    bits = path.split("/")
-    return len(bits) > 2 and any(m.call and m.name == bits[-3] for m in parts(method))
 
 
 # --- whole leaves of the base ---------------------------------------------------------------------

@@ -280,14 +280,14 @@ def test_an_adapter_that_is_never_reached():
     method = lora(rank=2)
     merged = tree.merge(*toys.start(method, params, all_sites))
     merged["upp"] = {"lora": merged["up"]["lora"]}
-    with pytest.raises(ValueError, match=r"never reached 'upp/lora' \(1 of 3 adapters\).*'up/lora'"):
+    with pytest.raises(ValueError, match=r"never reached 'upp/lora/default' \(1 of 3 adapters\).*'up/lora/default'"):
         toys.run(model, method, merged, x)
 
 
 def test_an_adapter_of_another_name():
     model, params, x, all_sites = found("mlp")
     merged = tree.merge(*lora(adapter="blue").init(jax.random.key(0), params, all_sites))
-    with pytest.raises(ValueError, match="no adapter 'red' at 'up'; it holds blue"):
+    with pytest.raises(ValueError, match="no leaves of lora 'red'; they hold blue"):
         injection.inject(model.apply, lora(adapter="red"))({"params": merged}, x)
 
 
