@@ -78,6 +78,9 @@ def _interceptor(acting: Mapping[str, Method], shared: Mapping[str, Any], ctx: C
     def at_kernel(view, module, next_fun, call_args, call_kwargs):
         holder, path = owner(view, module, callers)
         found = {m.name: leaves for m in on_kernels if (leaves := _leaves(holder, path, m.name))}
+        if view.kind == "head":  # of the table, whose leaves may act here too
+            table = "/".join(module.path)
+            found |= {m.name: leaves for m in on_kernels if m.tied and (leaves := _leaves(module, table, m.name))}
         if len(found) > 1:
             raise ValueError(f"inject: {' and '.join(found)} meet at {path!r}; one must go")
         held = None if view.n_stack else rows  # the first axis may number experts
