@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ class Format:
     """One method's dialect.
 
     peft_type: the value in adapter_config.json.
-    keys:      kind of site -> leaf -> suffix of the tensor's name; every 2-D leaf is transposed in the file.
+    keys:      kind of site -> leaf -> suffix of the tensor's name; a 2-D leaf is transposed in the file.
+    straight:  2-D leaves that are not.
     read:      adapter_config.json -> the method's keyword arguments; raises Unsupported.
     write:     keyword arguments -> fields of adapter_config.json.
+    inside:    what stands between a module's name and its leaf's where the base's leaves are the method's own.
     matches:   does this config belong here? Types that several files share are told apart by it.
     shared:    leaf that all sites share -> its tensor's whole name.
     settle:    (layers, keyword arguments) -> both as an adapter of the untouched base, where the method moves it.
@@ -41,6 +43,8 @@ class Format:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[Mapping[str, Any]], dict[str, Any]]
     keys: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    straight: Sequence[str] = ()
+    inside: str = ""
     matches: Callable[[Mapping[str, Any]], bool] = lambda config: True
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settle: Callable[[Layers, Mapping[str, Any]], tuple[Layers, Mapping[str, Any]]] | None = None

@@ -37,6 +37,7 @@ def per_kernel(
     move: Callable[..., Kernel] | None = None,
     around: Callable[..., Any] | None = None,
     front: int = 0,
+    tied: bool = False,
     penalty: Callable[..., jax.Array] | None = None,
     wrap: Callable[..., Any] | None = None,
     draws: bool = False,
@@ -57,7 +58,7 @@ def per_kernel(
       targets: what must match besides, and what an error of no match speaks of.
       shared: (key, [(in, out) of every targeted kernel]) -> leaves that all sites share.
       move: (theta at init, Kernel) -> the kernel that the base holds from then on.
-      around, front, wrap: as in Method.
+      around, front, tied, wrap: as in Method.
       penalty: theta of one site -> scalar; training adds the mean over all sites and layers to the loss.
       draws: call draws random numbers from ctx.key, which then differs from layer to layer.
       adapter: the name under which the leaves lie.
@@ -111,7 +112,7 @@ def per_kernel(
             if not theta:
                 continue
             folded += 1
-            if tables.count(site.kernel) > 1:  # untie: the other site keeps the old table
+            if tables.count(site.kernel) > 1 and not tied:  # untie: the other site keeps the old table
                 head = next(s for s in sites.values() if s.kernel == site.kernel and s.kind == "head")
                 own, table = f"{head.path}/kernel", base[site.kernel]
                 if site is head:
@@ -156,6 +157,7 @@ def per_kernel(
         move=None if move is None else move_tree,
         around=around,
         front=front,
+        tied=tied,
         penalty=None if penalty is None else penalty_tree,
         wrap=wrap,
         axes=axes,
@@ -283,16 +285,27 @@ def select(
             )
         if required and not trainable:
             leaves = sorted({p.rsplit("/", 1)[-1] for p in tree.flatten(params)})
-            raise ValueError(f"{name}: nothing is chosen; the leaves are named {', '.join(leaves)}")
+            raise ValueError(
+                f"{name}: nothing is chosen; the leaves are named {', '.join(leaves)}; the modules that hold them: "
+                f"{', '.join(sorted(holders)[:8])}"
+            )
         return Partition(frozen, trainable)
 
     return Method(name=name, init=init, fold=lambda params, sites: dict(params), chosen=chosen, config=config or {})
 
 
-def with_base(adapted: Method, targets: Targets, *, bias: str = "none", config: Mapping[str, Any]) -> Method:
+def with_base(
+    adapted: Method,
+    targets: Targets,
+    *,
+    bias: str = "none",
+    beside: Sequence[Method] = (),
+    config: Mapping[str, Any],
+) -> Method:
     """`adapted`, and with it the leaves of the base that train whole: targets.whole, and biases.
 
     bias: "none" | "all" | "<name>_only", those of the targeted modules.
+    beside: other parts, such as rows of a table.
     """
     kinds = ("none", "all", f"{adapted.name}_only")
     if bias not in kinds:
@@ -305,7 +318,7 @@ def with_base(adapted: Method, targets: Targets, *, bias: str = "none", config: 
         return leaf == "bias" and (bias == "all" or (bias != "none" and targets.match(module, "linear")))
 
     trained = select("modules_to_save", chosen, required=False, modules=targets.whole)
-    return chain(adapted, trained, name=adapted.name, config=config)
+    return chain(adapted, *beside, trained, name=adapted.name, config=config)
 
 
 # --- one place ------------------------------------------------------------------------------------

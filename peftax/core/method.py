@@ -85,6 +85,7 @@ class Method:
             computes: prefill(ids) -> keys, values [L, K, S, H]; None where init says it all.
     around: (run, args, kwargs, ctx) -> what run(args, kwargs, ctx) returns, changed: a whole forward pass.
     front:  virtual tokens that it puts before the first, which a cache has to hold.
+    tied:   leaves at a table act at a head tied to it too, and a fold leaves the two tied.
     penalty: (params, sites) -> scalar that training adds to the mean loss.
     wrap:   (optimizer, steps of the run, sites) -> an optimizer that sees raw gradients and the whole trainable tree.
     parts:  the methods that a chain holds; itself otherwise.
@@ -101,6 +102,7 @@ class Method:
     begin: Callable[..., Partition] | None = None
     around: Callable[..., Any] | None = None
     front: int = 0
+    tied: bool = False
     axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     penalty: Callable[..., jax.Array] | None = None
     wrap: Callable[..., Any] | None = None
@@ -145,6 +147,9 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
             optimizer = method.wrap(optimizer, steps, sites) if method.wrap else optimizer
         return optimizer
 
+    def chosen(name: str) -> bool:
+        return any(m.chosen(name) for m in methods if m.chosen)
+
     return Method(
         name=name or "+".join(m.name for m in methods),
         init=init,
@@ -154,6 +159,7 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
         front=sum(m.front for m in methods),
         penalty=penalty if any(m.penalty for m in methods) else None,
         wrap=wrap if any(m.wrap for m in methods) else None,
+        chosen=chosen if any(m.chosen for m in methods) else None,
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
         config=config or (dict(methods[0].config) if len(methods) == 1 else {m.name: dict(m.config) for m in methods}),

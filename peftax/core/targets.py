@@ -42,12 +42,12 @@ class Targets:
                     raise ValueError(f"targets: {value!r} is no regular expression: {error}") from None
 
     def match(self, name: str, kind: str) -> bool:
-        if (self.exclude and _named(self.exclude, name)) or self.trains_whole(name):
+        if (self.exclude and named(self.exclude, name)) or self.trains_whole(name):
             return False
         if self.modules == "all-linear":
             hit = kind == "linear" and name.rsplit(".", 1)[-1] not in OUTPUT_HEADS
         else:
-            hit = kind in self.kinds and _named(self.modules, name)
+            hit = kind in self.kinds and named(self.modules, name)
         if hit and self.layers is not None:
             number = layer_number(name)
             wanted = (self.layers,) if isinstance(self.layers, int) else self.layers
@@ -63,7 +63,8 @@ def layer_number(name: str) -> int | None:
     return next((int(p) for p in name.split(".") if p.isdigit()), None)
 
 
-def _named(pattern: str | Sequence[str], name: str) -> bool:
+def named(pattern: str | Sequence[str], name: str) -> bool:
+    """Does a regex match the whole name, or is it one of these names or suffixes?"""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in pattern)

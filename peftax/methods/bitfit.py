@@ -8,7 +8,7 @@ Identity at init. Trainable per site: out.
 Learning rate: 3e-4 to 2e-3 (LoRA paper, appendix D, GPT-3: 1.6e-3; T-Few: 3e-4).
 Source: https://arxiv.org/abs/2106.10199, section 3.
 Departs: nothing; a model without biases (Llama) has nothing to train and raises. Hugging Face PEFT has no such
-type; the result is saved as whole tensors.
+type; the result is saved as whole tensors. What PEFT reads is lora with bias="all".
 """
 
 from __future__ import annotations

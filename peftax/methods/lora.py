@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftax.core import hf, lift
+from peftax.core import hf, lift, rows
 from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Patterns, Targets, by_pattern
 from peftax.methods import inits
@@ -50,6 +50,7 @@ def lora(
     rank_pattern: Patterns = None,  # {regex on the end of the name: rank there}, or pairs
     alpha_pattern: Patterns = None,  # the same for alpha
     bias: str = "none",  # "none" | "all" | "lora_only": which of the base's biases train
+    tokens: rows.Tokens = (),  # ids whose rows of the embedding train too | {module: ids}; see trainable_tokens
     modules_to_save: Sequence[str] = (),  # suffixes of modules that train whole
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
@@ -110,7 +111,8 @@ def lora(
         draws=dropout > 0,
         adapter=adapter,
     )
-    return lift.with_base(adapted, target, bias=bias, config=config)
+    trained = rows.beside("lora", tokens, target, adapter=adapter)
+    return lift.with_base(adapted, target, bias=bias, beside=trained, config=config)
 
 
 UNSUPPORTED = {
@@ -123,7 +125,6 @@ UNSUPPORTED = {
     "velora_config": "velora",
     "monteclora_config": "monteclora",
     "target_parameters": "target_parameters",
-    "trainable_token_indices": "trainable_token_indices",
     "layer_replication": "layer_replication",
 }
 
@@ -152,10 +153,12 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
         "bias": config.get("bias", "none"),
+        "tokens": config.get("trainable_token_indices") or (),
     }
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    tables = {module: list(ids) for module, ids in rows.by_table(config["tokens"]).items()}
     return {
         **hf.write_targets(config),
         "r": config["rank"],
@@ -165,6 +168,7 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": dict(config["rank_pattern"] or {}),
         "alpha_pattern": dict(config["alpha_pattern"] or {}),
         "bias": config["bias"],
+        "trainable_token_indices": tables.get("", tables) or None,
         "init_lora_weights": True,
     }
 
@@ -196,15 +200,18 @@ def _settle(layers: hf.Layers, config: Mapping[str, Any]) -> tuple[hf.Layers, Ma
     }
 
 
+_TOKENS = "token_adapter.trainable_tokens_delta"
+
 HF = hf.Format(
     peft_type="LORA",
     matches=lambda config: not config.get("use_dora"),
     keys={
-        "linear": {"a": "lora_A.weight", "b": "lora_B.weight"},
+        "linear": {"a": "lora_A.weight", "b": "lora_B.weight", "columns": _TOKENS},
         "conv": {"a": "lora_A.weight", "b": "lora_B.weight"},
         "head": {"a": "lora_A.weight", "b": "lora_B.weight"},
-        "embed": {"a": "lora_embedding_A", "b": "lora_embedding_B"},
+        "embed": {"a": "lora_embedding_A", "b": "lora_embedding_B", "rows": _TOKENS},
     },
+    straight=("rows",),
     read=_read,
     write=_write,
     settle=_settle,

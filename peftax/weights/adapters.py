@@ -4,6 +4,7 @@ our own JSON elsewhere. A chain's folder holds one of each of its methods, and o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from peftax.core.adapters import slots as slots_of
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, chain, parts
 from peftax.core.sites import Sites
+from peftax.core.targets import OUTPUT_HEADS
 from peftax.weights import names, source
 
 PREFIX = "base_model.model."
@@ -71,12 +73,12 @@ def load(
     for piece in parts(method):
         if piece.call is None:
             continue
-        form = _form(piece)
+        form = _form(piece, method)
         if form is not None and form.opened is not None:
             tensors = form.opened(tensors, method.config)
         slots = list(slots_of(theta, piece, method, sites))
-        wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
-        for slot, value in _unpack(tensors, wanted, piece, trainable, method.config, folder):
+        wanted = [s for s in slots if s.path in trainable or _file_key(s, piece, form)]
+        for slot, value in _unpack(tensors, wanted, piece, form, trainable, method.config, folder):
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
@@ -86,8 +88,7 @@ def load(
             continue
         for key, index, own in _whole(path, leaf, method, sites):
             filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
-    for key in [k for k in tensors if k.endswith(".base_layer.weight")]:  # an embedding PEFT saved whole
-        _replace_base(frozen, key, tensors.pop(key), folder)
+    _replace_tables(frozen, tensors, sites, folder)
     if tensors:
         first = sorted(tensors)[0]
         raise ValueError(f"{folder}: {first!r} (of {len(tensors)} left over) has no place in this model")
@@ -104,6 +105,7 @@ def save(
     base: str | None = None,
     extra: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    grown: Mapping[str, int] | None = None,
 ) -> Path:
     """Write the adapter; the folder appears under its name only when it is whole, and replaces an older one.
 
@@ -111,13 +113,15 @@ def save(
       base: the base's path or hub id, for adapter_config.json.
       extra: fields to keep, such as an adapter's own when it is written again.
       tokenizer: laid beside when it changed.
+      grown: {path of a table of the base: how many of its rows others have}. Where the adapter does not hold all
+        others the table is written whole, as PEFT does.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
     try:
-        _write(new, part, method, sites, base, extra or {})
+        _write(new, part, method, sites, base, extra or {}, grown or {})
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
         if folder.exists():
@@ -140,12 +144,15 @@ def without_peft_type(name: str) -> str | None:
     return f"{line}, and none for {there}" if lacking else f"{line}, which PEFT reads one by one"
 
 
-def _write(new: Path, part: Partition, method: Method, sites: Sites, base, extra: Mapping[str, Any]) -> None:
+def _write(
+    new: Path, part: Partition, method: Method, sites: Sites, base, extra: Mapping[str, Any], grown: Mapping[str, int]
+) -> None:
     """All files of an adapter, into a folder that is made for them."""
     new.mkdir()
     if methods.chained(method.name):
         for piece, own in _divided(part, method, sites):
-            _write(new / piece.name, own, piece, sites, base, extra.get(piece.name, {}))
+            _write(new / piece.name, own, piece, sites, base, extra.get(piece.name, {}), grown)
+            grown = {}  # once for all
         more = {k: v for k, v in extra.items() if k not in method.config}
         config = {name: {k: v for k, v in own.items() if k != "adapter"} for name, own in method.config.items()}
         _write_json(new / OWN_CONFIG, {**more, "method": method.name, "config": config})
@@ -161,7 +168,7 @@ def _write(new: Path, part: Partition, method: Method, sites: Sites, base, extra
         for slot in slots.values():
             value = _numbers(theta[slot.path])[slot.index]
             layers.setdefault(slot.name, {})[slot.leaf] = value
-        form = _form(piece)
+        form = _form(piece, method)
         if piece.move is not None and any(map(tree.is_packed, frozen.values())):
             logging.warning(
                 "%s: the base was moved and packed again; on the base as others have it the adapter fits up to the "
@@ -170,7 +177,7 @@ def _write(new: Path, part: Partition, method: Method, sites: Sites, base, extra
             )
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
-        tensors |= _pack(layers, slots, piece, trainable, config)
+        tensors |= _pack(layers, slots, piece, form, trainable, config)
         if form is not None and form.closed is not None:
             tensors = form.closed(tensors, config)
     for path, leaf in trainable.items():
@@ -178,6 +185,8 @@ def _write(new: Path, part: Partition, method: Method, sites: Sites, base, extra
             value = _numbers(leaf)
             for key, index, own in _whole(path, leaf, method, sites):
                 tensors[key] = own.to_file(value[index])
+    for path, others in grown.items():
+        tensors |= _table(path, others, frozen, method, sites)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     file, written = _config(method, config, sites, base, extra)
     save_file(tensors, new / TENSORS, metadata={"format": "pt"})
@@ -231,13 +240,17 @@ def _numbers(leaf: Any) -> np.ndarray:
     return value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
-def _form(piece: Method) -> hf.Format | None:
-    return getattr(methods.module(piece.name), "HF", None)
+def _form(piece: Method, method: Method) -> hf.Format | None:
+    """A part's dialect: its own file's, else the names in that of the method beside which it stands."""
+    if piece.name in methods.names():
+        return getattr(methods.module(piece.name), "HF", None)
+    form = getattr(methods.module(method.name), "HF", None)
+    own = ("settle", "pack", "unpack", "opened", "closed")  # of the method's own leaves
+    return form and dataclasses.replace(form, inside="", **dict.fromkeys(own))
 
 
-def _file_key(slot: Slot, piece: Method) -> str | None:
+def _file_key(slot: Slot, piece: Method, form: hf.Format | None) -> str | None:
     """The tensor that holds this slot; None where a PEFT folder holds none of its own."""
-    form = _form(piece)
     if form is None:
         return ".".join(filter(None, (slot.name, piece.name, slot.leaf)))
     if slot.kind == "shared":
@@ -246,26 +259,25 @@ def _file_key(slot: Slot, piece: Method) -> str | None:
     return suffix and f"{PREFIX}{slot.name}.{suffix}"
 
 
-def _turned(shape_or_array: Any, piece: Method) -> Any:
+def _turned(shape_or_array: Any, leaf: str, form: hf.Format | None) -> Any:
     """Between the tree's orientation and the file's."""
-    if _form(piece) is None:
+    if form is None or leaf in form.straight:
         return shape_or_array
     if isinstance(shape_or_array, tuple):
         return shape_or_array[::-1] if len(shape_or_array) == 2 else shape_or_array
     return shape_or_array.T if shape_or_array.ndim == 2 else shape_or_array
 
 
-def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[str, np.ndarray]:
-    form = _form(piece)
+def _pack(layers: hf.Layers, slots, piece: Method, form, trainable, config) -> dict[str, np.ndarray]:
     if form is not None and form.pack is not None:
         return form.pack(layers, config)
     tensors = {}
     for name, leaves in layers.items():
         for leaf, value in leaves.items():
             slot = slots[name, leaf]
-            key = _file_key(slot, piece)
+            key = _file_key(slot, piece, form)
             if key is not None:
-                tensors[key] = _turned(value, piece)
+                tensors[key] = _turned(value, leaf, form)
             elif slot.path in trainable:
                 kind = form.peft_type if form else piece.name
                 raise Unsupported(f"{slot.path}: {kind} has no file form here for a {slot.kind} site")
@@ -273,9 +285,8 @@ def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[st
 
 
 def _unpack(
-    tensors: dict[str, np.ndarray], slots, piece: Method, trainable, config, folder: Path
+    tensors: dict[str, np.ndarray], slots, piece: Method, form, trainable, config, folder: Path
 ) -> Iterator[tuple[Slot, np.ndarray]]:
-    form = _form(piece)
     if form is not None and form.unpack is not None:
         shapes: dict[str, dict[str, tuple]] = {}
         for slot in slots:
@@ -296,12 +307,13 @@ def _unpack(
             yield slot, value
         return
     for slot in slots:
-        key = _file_key(slot, piece)
+        key = _file_key(slot, piece, form)
         if key is None:
             raise Unsupported(f"{slot.path}: {form.peft_type} has no file form here for a {slot.kind} site")
         if slot.kind == "shared" and slot.path not in trainable and key not in tensors:
             continue  # the file leaves it to its seed
-        yield slot, _turned(_taken(tensors, key, _turned(slot.shape, piece), folder), piece)
+        shape = _turned(slot.shape, slot.leaf, form)
+        yield slot, _turned(_taken(tensors, key, shape, folder), slot.leaf, form)
 
 
 def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
@@ -323,28 +335,66 @@ def _whole(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple
     """Where a leaf of the base stands in the file: (tensor name, its part, how it is turned), layer by layer."""
     targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     stacked = next(iter(names.walk({path: leaf})))
+    form = _form(_holder(path, method, sites), method)
+    own = form.inside if form else ""
     for layer, name in enumerate(stacked.names):
         module, last = name.rsplit(".", 1)
-        inside = ".base_layer" if module in targeted else ""
+        inside = f".{own}" if own else ".base_layer" if module in targeted else ""
         index = (layer,) if stacked.stacked else ()
         shape = leaf.shape[stacked.stacked :]
         yield f"{PREFIX}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
+
+
+def _holder(path: str, method: Method, sites: Sites) -> Method:
+    """The part that trains this leaf of the base."""
+    name = sites.names(path)[0]
+    return next(m for m in parts(method) if m.chosen and m.chosen(name))
 
 
 def _is_target(method: Method, name: str, kind: str) -> bool:
     return any(m.settings and m.settings(name, kind) is not None for m in parts(method))
 
 
-def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Path) -> None:
-    module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight").replace(".", "/")
-    path = f"{module}/embedding"
-    if path not in base or base[path].shape != tensor.shape:
-        raise ValueError(f"{folder}: {key!r} {tensor.shape} fits no table of this base; was its vocabulary resized?")
-    base[path] = jnp.asarray(tensor, base[path].dtype)
+def _table(path: str, others: int, frozen: Mapping[str, Any], method: Method, sites: Sites) -> dict[str, np.ndarray]:
+    """A table that has more rows than others', whole; nothing where the adapter holds all of these."""
+    if path not in frozen:
+        return {}  # it trains whole
+    (leaf,) = names.walk({path: frozen[path]})
+    module, inside = leaf.names[0].rpartition(".")[0], ""
+    kind = next(s.kind for s in sites.values() if s.kernel == path and s.kind != "head")
+    for part in parts(method):
+        settings = part.settings(module, kind) if part.settings else None
+        if settings is None:
+            continue
+        if part.tied and set(range(others, leaf.tensor_shape[0])) <= set(settings["tokens"]):
+            return {}
+        inside = ".base_layer" if part.name in methods.names() else ".token_adapter.base_layer"
+    return {f"{PREFIX}{module}{inside}.weight": leaf.to_file(_numbers(frozen[path]))}
+
+
+def _replace_tables(frozen: dict[str, Any], tensors: dict[str, np.ndarray], sites: Sites, folder: Path) -> None:
+    """Take whole tables out of the tensors into the base: a target's, or one of another size than others'."""
+    for site in sites.values():
+        if site.stack or (site.kind not in ("embed", "head") and site.path.rpartition("/")[2] not in OUTPUT_HEADS):
+            continue
+        for inside in ("", ".base_layer", ".token_adapter.base_layer"):
+            key = f"{PREFIX}{site.names[0]}{inside}.weight"
+            if key not in tensors:
+                continue
+            tensor = tensors.pop(key)
+            if site.kind == "head":
+                continue  # the table once more
+            (leaf,) = names.walk({site.kernel: frozen[site.kernel]})
+            if tensor.shape != leaf.tensor_shape:
+                raise ValueError(
+                    f"{folder}: {key!r} {tensor.shape} fits no table of this base, {leaf.tensor_shape}; was its "
+                    "vocabulary resized? Lay its tokenizer into the folder, or open the base with model.new_tokens"
+                )
+            frozen[site.kernel] = jnp.asarray(leaf.to_tree(tensor), frozen[site.kernel].dtype)
 
 
 def _config(method: Method, own: Mapping[str, Any], sites: Sites, base, extra) -> tuple[str, dict[str, Any]]:
-    form = _form(method)
+    form = _form(method, method)
     if form is None:
         there = extra.get("base_model_name_or_path") if base is None else base
         return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": there}

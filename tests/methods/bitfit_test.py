@@ -1,9 +1,12 @@
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from peftax import models
 from peftax.core import sites, tree
 from peftax.methods.bitfit import bitfit
+from peftax.weights import adapters
 from tests.methods import tiny
 
 
@@ -38,3 +41,21 @@ def test_a_model_without_biases():
     found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 3), "int32"))
     with pytest.raises(ValueError, match="bitfit: nothing is chosen; the leaves are named embedding, kernel, scale"):
         jax.eval_shape(lambda p: bitfit().init(jax.random.key(0), p, found), shapes)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_its_file_holds_biases_by_their_own_names(scan, tmp_path):
+    """Written scanned, read scanned or unrolled: no PEFT type, PEFT's names all the same."""
+    part = bitfit().init(jax.random.key(0), tiny.params(), tiny.found())
+    part = part._replace(trainable=tiny.perturb(part.trainable))
+    adapters.save(tmp_path / "a", part, bitfit(), tiny.found())
+    tensors = load_file(tmp_path / "a" / adapters.TENSORS)
+    assert len(tensors) == 7 * tiny.LAYERS
+    np.testing.assert_array_equal(
+        tensors["base_model.model.model.layers.1.mlp.up_proj.bias"],
+        part.trainable["model"]["layers"]["mlp"]["up_proj"]["bias"][1],
+    )
+    method, again, _ = adapters.load(tmp_path / "a", tiny.params(scan), tiny.found(scan))
+    assert method.name == "bitfit"
+    trainable = part.trainable if scan else tiny.unstack(part.trainable)
+    jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)

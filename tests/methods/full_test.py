@@ -3,7 +3,7 @@ import pytest
 
 from peftax.core import tree
 from peftax.methods.full import full
-from tests.methods import tiny
+from tests.methods import llama_3b, tiny
 
 
 def test_everything_trains():
@@ -24,3 +24,8 @@ def test_one_layer_needs_an_unrolled_model():
         method.init(jax.random.key(0), tiny.params(), tiny.found())
     _, trainable = method.init(jax.random.key(0), tiny.params(False), tiny.found(False))
     assert all(p.startswith("model/layers/1/") for p in tree.flatten(trainable))
+
+
+def test_counts_are_those_of_pefts_run():
+    """The one that fine-tunes all of Llama 3.2 3B."""
+    assert llama_3b.count_of(full()) == {"trainable": 3_212_749_824, "total": 3_212_749_824}

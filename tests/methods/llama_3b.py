@@ -31,4 +31,8 @@ def found():
 def count(peft_config):
     """{"trainable": ..., "total": ...} of an adapter_config.json."""
     name, settings = methods.from_peft(peft_config)
-    return sites.count(methods.make(name, **settings), *found())
+    return count_of(methods.make(name, **settings))
+
+
+def count_of(method):
+    return sites.count(method, *found())
