@@ -354,7 +354,11 @@ def _init_layers(init, key, place: Place, what: Any, wanted: list[dict | None], 
     sliced = what if isinstance(what, Kernel) else None
 
     def one(key, kernel, settings):
-        return init(key, what if kernel is None else kernel, **settings)
+        try:
+            return init(key, what if kernel is None else kernel, **settings)
+        except ValueError as error:
+            error.add_note(f"at site {place.path!r}")
+            raise
 
     known = next(s for s in wanted if s is not None)
     settings = [known if s is None else s for s in wanted]  # a layer that is no target holds a start, unused
