@@ -81,20 +81,20 @@ def _interceptor(acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, 
 
     def at_kernel(view, module, next_fun, call_args, call_kwargs):
         holder, path = owner(view, module, callers)
-        found = {m: leaves for m in on_kernels if (leaves := _leaves(holder, path, m))}
+        found = [(m, leaves) for m in on_kernels if (leaves := _leaves(holder, path, m))]
         if view.kind == "head":  # of the table, whose leaves may act here too
             table = "/".join(module.path)
-            found |= {m: leaves for m in on_kernels if m.tied and (leaves := _leaves(module, table, m))}
-        if len(found) > 1 and any(m.share is None for m in found):
-            raise ValueError(f"inject: {' and '.join(m.name for m in found)} meet at {path!r}; one must go")
+            found += [(m, leaves) for m in on_kernels if m.tied and (leaves := _leaves(module, table, m))]
+        if len(found) > 1 and any(m.share is None for m, _ in found):
+            raise ValueError(f"inject: {' and '.join(m.name for m, _ in found)} meet at {path!r}; one must go")
         held = None if view.n_stack else rows  # the first axis may number experts
         call_args = (_hold(call_args[0], held), *call_args[1:])
         if not found and not isinstance(module.variables.get("params", {}).get(view.kernel), QTensor):
             return _hold(enter(module, next_fun, call_args, call_kwargs), held)
         x, kernel = _kernel(view, module, call_args[0], held)
-        reached.update(_leaf(path, m) for m in found)
-        leaves = {m.name: leaves for m, leaves in found.items()}
-        call = functools.partial(at_site, list(found), _template(path))
+        reached.update(_leaf(path, m) for m, _ in found)
+        leaves = {m.name: own for m, own in found}
+        call = functools.partial(at_site, [m for m, _ in found], _template(path))
         y = (jax.vmap(call) if view.n_stack else call)(leaves, x, kernel)
         return _hold(view.back(y), held)
 

@@ -146,7 +146,7 @@ def ours(model, method, part, found, tasks):
     for each in tiny.batches(STEPS):
         batch = tiny.ours(*each)
         if tasks is not None:
-            batch["task_ids"] = tasks
+            batch["tasks"] = tasks[:, None]
         state, metrics = step(state, part.frozen, batch)
         first = jax.tree.map(np.array, state.opt_state[0].trace) if first is None else first
         losses.append(float(metrics["loss"]))
