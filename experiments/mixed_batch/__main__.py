@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             more = [f"--base={args.base}"] if args.base else []
             made = [sys.executable, "-m", "experiments.mixed_batch.inputs", str(inputs), f"--targets={targets}", *more]
             subprocess.run(made, check=True)
-        figures = race({n: SIDES[n] for n in args.only.split(",")}, inputs, rounds, args.threads, args.workdir)
-        results["targets"][targets] = figures
-        (args.workdir / "results.json").write_text(json.dumps(results, indent=1))
-        (args.workdir / "report.md").write_text(report(results))
+        wanted = {n: SIDES[n] for n in args.only.split(",")}
+        for tokens, figures in race(wanted, inputs, rounds, args.threads, args.workdir):
+            results["targets"].setdefault(targets, {})[str(tokens)] = figures
+            (args.workdir / "results.json").write_text(json.dumps(results, indent=1))
+            (args.workdir / "report.md").write_text(report(results))
     print((args.workdir / "report.md").read_text())
     check(results)
 
 
-def race(wanted: Mapping[str, str], inputs: Path, rounds: Mapping[int, int], threads: int, log: Path) -> dict[str, Any]:
-    """{tokens: {library: {"seconds": {case: [...]}, "row": ...}} or "between"}."""
-    sides, figures = {}, {}
+def race(
+    wanted: Mapping[str, str], inputs: Path, rounds: Mapping[int, int], threads: int, log: Path
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(tokens, {library: {"seconds": {case: [...]}, "row" or "between": how far logits lie apart}})."""
+    sides: dict[str, subprocess.Popen] = {}
     try:
         for name, module in wanted.items():
             command = [sys.executable, "-m", module, str(inputs), str(threads)]
@@ -75,13 +78,12 @@ def race(wanted: Mapping[str, str], inputs: Path, rounds: Mapping[int, int], thr
                 for name, case in order if number % 2 == 0 else order[::-1]:
                     said = _ask(name, sides[name], {"do": "run", "tokens": tokens, "case": case})
                     mine[name]["seconds"][case].append(said["seconds"])
-            figures[str(tokens)] = mine
+            yield tokens, mine
             print(f"{inputs.name}, {tokens} tokens a row: done", file=sys.stderr)
     finally:
         for process in sides.values():
             process.stdin.close()  # ends its loop
             process.wait(timeout=60)
-    return figures
 
 
 def _ask(name: str, process: subprocess.Popen, order: Mapping[str, Any]) -> dict[str, Any]:
