@@ -8,7 +8,8 @@ What comes out has scale 1 (alpha = rank). All of it happens once, on the host, 
 
 Source: ties: https://arxiv.org/abs/2306.01708, section 3; dare: https://arxiv.org/abs/2311.03099, eq. 3; cat, svd and
 magnitude_prune as in PEFT's add_weighted_adapter, convert as in its convert_to_lora. Departs from PEFT: a site keeps
-its real rank where PEFT pads it with zeros; one adapter alone goes through the asked kind, there through linear.
+its real rank where PEFT pads it with zeros; one adapter alone goes through the asked kind, there through linear;
+clamp's quantile is of magnitudes, there of numbers whose signs are the SVD's chance.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def combine(
       rank: of the kinds with an svd; None: the largest of the adapters'.
       density: of the kinds that prune, what share of the numbers stays, in (0, 1].
       majority: of ties, who elects the sign: "total" (the sum) or "frequency" (each number one vote).
-      clamp: of the kinds with an svd, the quantile at which large numbers of both factors are cut.
+      clamp: of the kinds with an svd, the quantile in (0.5, 1] at which large numbers of both factors are cut.
       seed: of dare's random numbers.
 
     Raises:
@@ -90,6 +91,10 @@ def combine(
         raise ValueError(f"combine: {kind} wants a density in (0, 1], got {density}")
     if majority not in ("total", "frequency"):
         raise ValueError(f"combine: majority {majority!r} is neither 'total' nor 'frequency'")
+    if clamp is not None and not 0.5 < clamp <= 1:
+        raise ValueError(f"combine: clamp {clamp} is a quantile and must lie in (0.5, 1]")
+    if rank is not None:
+        _check_rank("combine", rank)
     each = [_factors(method, part, sites) for method, part in several]
     drawn = np.random.default_rng(seed)
     top = rank or max(a.shape[1] for layers in each for a, _, _ in layers.values())
@@ -181,7 +186,8 @@ def _best(a: np.ndarray, b: np.ndarray, rank: int | float, *, dense: bool = Fals
 
 
 def _clamped(a: np.ndarray, b: np.ndarray, quantile: float) -> Factors:
-    high = np.quantile(np.concatenate([a.ravel(), b.ravel()]), quantile)
+    sizes = np.abs(np.concatenate([a.ravel(), b.ravel()]))
+    high = np.quantile(sizes, 2 * quantile - 1)  # that of the numbers themselves, were their signs a fair coin's
     return np.clip(a, -high, high), np.clip(b, -high, high)
 
 

@@ -60,6 +60,17 @@ def test_svd_is_the_best_of_that_sum():
     assert 0 < result.error < worst.error < 1
 
 
+def test_clamp_cuts_the_largest():
+    free, cut = (combination.combine(both(), [1, 1], tiny.found(), clamp=c) for c in (1.0, 0.9))
+    for name, leaves in adapters.layers(cut.method, cut.part, tiny.found()).items():
+        before = adapters.layers(free.method, free.part, tiny.found())[name]
+        sizes = {k: np.abs(before[k]) for k in "ab"}
+        high = max(np.abs(leaves[k]).max() for k in "ab")
+        assert high < max(s.max() for s in sizes.values())
+        share = np.mean(np.concatenate([s.ravel() > high for s in sizes.values()]))
+        assert share == pytest.approx(0.2, abs=0.02)
+
+
 def test_ties_by_hand():
     """Of [3, -1, 2, 0.5] and [-1, -2, 4, 0.25] half stays: [3, 0, 2, 0] and [0, -2, 4, 0]; signs +, -, +; the mean of
     those that agree: 3 / 1, -2 / 1, (2 + 4) / 2.

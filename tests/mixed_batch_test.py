@@ -9,9 +9,10 @@ import pytest
 
 from peftax.core import adapters as values
 from peftax.core import injection, tree
-from peftax.core.method import Ctx
+from peftax.core.method import Ctx, chain
 from peftax.methods.lora import lora
 from peftax.mixed_batch import mixed_batch
+from peftax.train.generate import Generator
 from tests.core import toys
 from tests.methods import tiny
 
@@ -63,6 +64,22 @@ def test_every_row_is_as_its_adapter_alone(kind, tokens):
     assert run._cache_size() == 1
     apart = [np.abs(expect[i, :, -1] - expect[j, :, -1]).max() for i in range(n + 1) for j in range(i)]
     assert min(apart) > 1e-3
+
+
+def test_generation():
+    """Prompts of unlike lengths, each through its own adapter, as through that adapter alone."""
+    prompts, which = [[3, 5, 7], [3, 5, 7], [9, 2], [3, 5, 7, 1]], [2, -1, 5, 2]
+    options = dict(max_new_tokens=4, eos_ids=(), batch_size=4, bucket=4)
+    method, part = mixed_batch(adapters("lora"), tiny.found())
+    write = Generator(injection.inject(tiny.model().apply, method), tiny.model().init_cache, **options)
+    got = write(tree.merge(*part), prompts, adapters=which)
+    for i, k in enumerate(which):
+        one, own = adapters("lora")[k] if k >= 0 else (chain(), (tiny.params(), {}))
+        alone = Generator(injection.inject(tiny.model().apply, one), tiny.model().init_cache, **options)
+        assert alone(tree.merge(*own), [prompts[i]]) == [got[i]]
+    assert got[0] != got[1]
+    with pytest.raises(ValueError, match="3 adapters for 4 prompts"):
+        write(tree.merge(*part), prompts, adapters=[0, 1, 2])
 
 
 def test_nothing_is_padded():

@@ -43,7 +43,7 @@ def load(told, inputs):
                 method, part = mixed_batch(several[:n], base.sites)
                 runs[case] = program(method), tree.merge(*part)
         last, params = runs[case]
-        which = cases.which(case) if case in cases.CASES else np.zeros(cases.BATCH, np.int32)
+        which = cases.which(case) if case in cases.CASES else np.zeros(len(ids), np.int32)
         return np.asarray(last(params, ids, which))
 
     return run

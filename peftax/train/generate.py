@@ -70,14 +70,27 @@ class Generator:
         self._prefill = jax.jit(self._prefix_cache)
         self._run = jax.jit(self._continue, static_argnames="before")
 
-    def __call__(self, params: Any, prompts: Prompts, *, prefix: Sequence[int] | None = None) -> list[list[int]]:
+    def __call__(
+        self,
+        params: Any,
+        prompts: Prompts,
+        *,
+        prefix: Sequence[int] | None = None,
+        adapters: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """The new tokens of every prompt, in the prompts' order, without the eos that ended them.
 
         Args:
           params: what `apply` takes.
           prompts: token ids.
           prefix: ids that stand before every prompt; the model reads them once, not once a row.
+          adapters: of a mixed batch (peftax/mixed_batch.py), which one each prompt takes; -1 for none.
         """
+        if adapters is not None and (prefix or len(adapters) != len(prompts)):
+            raise ValueError(
+                f"generate: {len(adapters)} adapters for {len(prompts)} prompts; give one for each, and no prefix, "
+                "which only one of them could have read"
+            )
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompt {i} is empty: it needs a token to continue")
@@ -88,7 +101,8 @@ class Generator:
         out: list[list[int]] = [[] for _ in prompts]
         for rows, tokens, lengths in self._batches(prompts):
             ids = np.concatenate([rows, np.zeros(len(lengths) - len(rows), np.int32)])
-            new = self._run(params, cache, tokens, lengths, ids, key, before=before)
+            which = None if adapters is None else np.asarray(adapters, np.int32)[ids]
+            new = self._run(params, cache, tokens, lengths, ids, key, which, before=before)
             for row, made in zip(rows, np.asarray(new)[: len(rows)], strict=True):
                 ends = np.flatnonzero(np.isin(made, self.eos_ids))
                 out[row] = made[: ends[0] if len(ends) else None].tolist()
@@ -127,7 +141,8 @@ class Generator:
         cache = self._init_cache(1, self.front + p)
         return self._hidden(params, tokens_1xP, positions, segments, cache, **more)[1]
 
-    def _continue(self, params, prefix, tokens_BxT, lengths_B, rows_B, key, *, before):
+    def _continue(self, params, prefix, tokens_BxT, lengths_B, rows_B, key, adapters_B, *, before):
+        more = {} if adapters_B is None else {"ctx": Ctx(adapters=adapters_B)}
         b, t = tokens_BxT.shape
         n = self.max_new_tokens
         eos = jnp.asarray(self.eos_ids, jnp.int32)
@@ -146,13 +161,13 @@ class Generator:
         keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
 
         def pick(h_BxD, i):
-            logits_BxV = self._apply({"params": params}, h_BxD[:, None], method="head")[:, 0]
+            logits_BxV = self._apply({"params": params}, h_BxD[:, None], method="head", **more)[:, 0]
             return self._pick(logits_BxV, jax.vmap(lambda k: jax.random.fold_in(k, i))(keys_B))
 
         place_BxT = jnp.arange(t)[None] - (t - lengths_B)[:, None]
         segments_BxT = (place_BxT >= 0).astype(jnp.int32)
         positions_BxT = jnp.where(place_BxT >= 0, before + place_BxT, 0)
-        h, cache = self._hidden(params, tokens_BxT, positions_BxT, segments_BxT, cache)
+        h, cache = self._hidden(params, tokens_BxT, positions_BxT, segments_BxT, cache, **more)
         token_B = pick(h[:, -1], 0)
         out_BxN = jnp.zeros((b, n), jnp.int32).at[:, 0].set(token_B)
         done_B = (lengths_B == 0) | jnp.isin(token_B, eos)
@@ -164,7 +179,7 @@ class Generator:
         def step(state):
             i, token_B, done_B, out_BxN, cache = state
             at_Bx1 = (before + lengths_B + i - 1)[:, None]
-            h, cache = self._hidden(params, token_B[:, None], at_Bx1, jnp.ones_like(at_Bx1), cache)
+            h, cache = self._hidden(params, token_B[:, None], at_Bx1, jnp.ones_like(at_Bx1), cache, **more)
             token_B = pick(h[:, 0], i)
             out_BxN = jax.lax.dynamic_update_slice(out_BxN, token_B[:, None], (0, i))
             return i + 1, token_B, done_B | jnp.isin(token_B, eos), out_BxN, cache
