@@ -227,12 +227,10 @@ def merge(args) -> None:
 def convert(args) -> None:
     from peftax import weights
     from peftax.train import setup
-    from peftax.weights import adapters
 
     base = _base(args)
     if args.adapter:
-        run = setup.attach(base, args.adapter)
-        into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
+        into = setup.attach(base, args.adapter).save(args.into)
     else:
         into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
     print(into)
@@ -303,7 +301,7 @@ def _literal(text: str):
 def _base(args):
     from peftax.train import setup
 
-    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize)
+    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
 
 
 def _attached(base, adapter):
