@@ -25,10 +25,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.quantize = ()
     config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
 
-    # Tables grow where they have no rows to spare. What trains the new rows is the method: lora's `tokens` or the method
-    # trainable_tokens, which take the tokens themselves, or modules_to_save. A head that is not tied has rows of its own.
+    # Tables grow where they have no rows to spare. What trains the new rows is the method: lora's `tokens` or
+    # trainable_tokens, which take the tokens themselves, or modules_to_save. An untied head has rows of its own.
     config.model.new_tokens = ()  # tokens that the tokenizer has to learn
-    config.model.new_rows = "mean"  # of all others, as in transformers | "normal": N(0, the model's initializer_range)
+    config.model.new_rows = "mean"  # of the old ones, as in transformers | "normal": N(0, initializer_range)
 
     config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
     # What method.init="eva" is made from: one look at the first training batches, which are trained on all the same.
