@@ -209,6 +209,9 @@ def start(
     """
     method = make_method(base, settings)
     part = method.init(jax.random.key(seed), base.params, base.sites)
+    tables = [f"{path.rpartition('/')[0]}/" for path in base.grown or ()]
+    if tables and not any(path.startswith(tuple(tables)) for path in tree.flatten(part.trainable)):
+        logging.warning("config.model.new_tokens: nothing trains their rows; config.method.tokens of lora would")
     if found is not None:
         part = eva.fill(part, found, base.sites, adapter=settings["adapter"])
     if settings.get("init") == "loftq":

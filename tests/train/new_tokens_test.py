@@ -84,13 +84,16 @@ def test_merged_it_is_a_larger_model(files, trained, tmp_path):
     assert nll(base, apply, base.params, files[1]) == pytest.approx(result["best"][1], rel=1e-5)
 
 
-def test_rows_that_no_adapter_holds_are_written_whole(files, tmp_path):
+def test_rows_that_no_adapter_holds_are_written_whole(files, tmp_path, monkeypatch):
     """As PEFT does where the vocabulary was resized; read back onto a table of another start."""
     config = tiny_run.config(
         *files, model__new_tokens=str(NEW), model__new_rows="normal", method__targets="('q_proj',)"
     )
     base = setup.open_base(**config["model"], mesh=config["mesh"])
+    said = []
+    monkeypatch.setattr("absl.logging.warning", said.append)
     run = setup.start(base, config["method"], seed=0)
+    assert "nothing trains their rows" in said[0]
     run.save(tmp_path / "a")
     table = run.params["model"]["embed_tokens"]["embedding"]
     key = "base_model.model.model.embed_tokens.weight"
