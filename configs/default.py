@@ -25,6 +25,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.quantize = ()
     config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
 
+    # Tables grow where they have no rows to spare. What trains the new rows is the method: lora's `tokens` or
+    # trainable_tokens, which take the tokens themselves, or modules_to_save. An untied head has rows of its own.
+    config.model.new_tokens = ()  # tokens that the tokenizer has to learn
+    config.model.new_rows = "mean"  # of the old ones, as in transformers | "normal": N(0, initializer_range)
+
     config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
     # What method.init="eva" is made from: one look at the first training batches, which are trained on all the same.
     config.calibration = ml_collections.ConfigDict()

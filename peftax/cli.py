@@ -261,7 +261,7 @@ def convert(args) -> None:
         into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
     elif args.to_lora is None:
         run = setup.attach(base, args.adapter)
-        into = adapters.save(args.into, run.part, run.method, base.sites, extra=run.raw)
+        into = run.save(args.into)
         _note(run.method.name)
     else:
         method, part, raw = adapters.load(args.adapter, base.params, base.sites)
@@ -380,7 +380,7 @@ def _literal(text: str):
 def _base(args):
     from peftax.train import setup
 
-    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize)
+    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
 
 
 def _attached(base, adapter):

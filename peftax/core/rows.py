@@ -65,8 +65,8 @@ def per_token(
 
     def fold(theta, k: Kernel) -> Kernel:
         if k.kind == "embed":
-            return k.replace(w=k.w.at[theta["ids"]].set(theta["rows"]))
-        return k.replace(w=k.w.at[:, theta["ids"]].set(theta["columns"]))
+            return dataclasses.replace(k, w=k.w.at[theta["ids"]].set(theta["rows"]))
+        return dataclasses.replace(k, w=k.w.at[:, theta["ids"]].set(theta["columns"]))
 
     return lift.per_kernel(
         name,
@@ -118,6 +118,7 @@ def by_table(tokens: Tokens) -> dict[str, tuple[int, ...]]:
     """{module: ids}; "" stands for the embedding."""
     if not tokens:
         return {}
-    if not isinstance(tokens, Mapping):
-        tokens = dict(tokens) if isinstance(tokens[0], tuple | list) else {"": tokens}
-    return {module: tuple(ids) for module, ids in tokens.items()}
+    given: Any = tokens
+    if not isinstance(given, Mapping):
+        given = dict(given) if isinstance(given[0], tuple | list) else {"": given}
+    return {module: tuple(ids) for module, ids in given.items()}

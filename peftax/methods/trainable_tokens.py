@@ -8,7 +8,7 @@
   ids     : [rows]       frozen i32, the tokens
 
 Identity at init. Trainable: tokens times hidden.
-Learning rate: 1e-3 to 2e-1 (PEFT's MetaMathQA run: 2e-1).
+Learning rate: 1e-3 to 2e-1 (PEFT's MetaMathQA run, of two tokens: 2e-1; beside LoRA they train at its rate).
 Source: https://huggingface.co/docs/peft/package_reference/trainable_tokens; made for tokens that are new to the
 tokenizer, which config.model.new_tokens adds. LoRA trains such rows beside its own leaves: its `tokens`.
 Departs: Hugging Face PEFT copies the table with the rows in it, at every call; here only the rows looked up are
@@ -58,7 +58,11 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
 
 HF = hf.Format(
     peft_type="TRAINABLE_TOKENS",
-    keys={"embed": {"rows": "trainable_tokens_delta"}, "linear": {"columns": "trainable_tokens_delta"}},
+    keys={
+        "embed": {"rows": "trainable_tokens_delta"},
+        "linear": {"columns": "trainable_tokens_delta"},
+        "head": {"rows": "trainable_tokens_delta"},  # a tied one's copy
+    },
     straight=("rows",),
     read=_read,
     write=_write,

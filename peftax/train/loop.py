@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,12 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peftax import methods, weights
+from peftax import weights
 from peftax.core import quantization, tree
 from peftax.core import sites as core_sites
 from peftax.train import evaluate, loss, memory, optimizers, setup, writers
 from peftax.train.step import State, make_step, state_shardings
-from peftax.weights import adapters, source
+from peftax.weights import source
 from peftax.weights.checkpoint import Checkpoints
 
 CALIBRATION = "calibration.json"  # config.method as a start made from data would have it
@@ -124,8 +125,8 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
             facts["valid"] = found["nll"]
         if valid is None or facts["best"] is None or facts["valid"] < facts["best"][1]:
             facts["best"] = [step, facts.get("valid")]
-            part = run.part._replace(trainable=state.trainable)
-            adapters.save(workdir / "adapter", part, run.method, base.sites, base=str(base.path), extra=run.raw)
+            best = dataclasses.replace(run, part=run.part._replace(trainable=state.trainable))
+            best.save(workdir / "adapter", base=str(base.path))
 
     def save(step: int) -> None:
         facts.update(data=batches.get_state(), base=fingerprint)
@@ -245,7 +246,7 @@ def _calibrated(base: setup.Base, config: Mapping[str, Any], batches: Any, file:
     found = setup.calibrate(base, config, batches)
     if found is None:
         return config["method"], None
-    settings = found.settings(methods.make(**config["method"]), adjust=config["calibration"]["adjust"])
+    settings = found.settings(setup.make_method(base, config["method"]), adjust=config["calibration"]["adjust"])
     return {"name": config["method"]["name"], **settings}, found
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftax import methods, models, sharding, weights
 from peftax.core import injection, quantization, tree
+from peftax.core import rows as core_rows
 from peftax.core import sites as core_sites
 from peftax.core.method import Method, Partition, chain
 from peftax.core.sites import Sites
@@ -25,7 +26,7 @@ from peftax.data import source as data_source
 from peftax.methods.inits import eva, loftq
 from peftax.ops import kernels
 from peftax.train import loss
-from peftax.weights import adapters, gguf, names
+from peftax.weights import adapters, gguf, grown, names, source
 
 PYPI = "pypi:"
 
@@ -34,7 +35,8 @@ PYPI = "pypi:"
 class Base:
     """A base model on a mesh: plain parameters, its sites, its tokenizer.
 
-    `unread`: the weights' files while `params` are their shapes (an outline); None once they are read.
+    unread: the weights' files while `params` are their shapes (an outline); None once they are read.
+    grown:  {path of a table: how many of its rows the file holds} where the tokenizer has learnt tokens; else None.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Base:
     mesh: Mesh
     tokenizer: Any
     unread: weights.Source | None = None
+    grown: dict[str, int] | None = None
 
     def load(self) -> Base:
         """The same base with its weights read onto their shards."""
@@ -82,9 +85,15 @@ def outline(
     param_dtype: str = "float32",
     quantize: quantization.Rules = (),
     kernel: str = "auto",
+    new_tokens: Sequence[str] = (),
+    new_rows: str = "mean",
     mesh: Mapping[str, Any] | None = None,
+    adapter: str | Path | None = None,
 ) -> Base:
-    """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`."""
+    """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`.
+
+    adapter: a folder; where its tokenizer has more tokens than the base's, it takes the base's place.
+    """
     if not path:
         raise ValueError("config.model.path is empty: give a folder, a .gguf file, or a hub id")
     grid = dict(mesh or {})
@@ -92,6 +101,10 @@ def outline(
     made = sharding.make_mesh(**grid)
     folder = resolve(path)
     opened = weights.open(folder, revision=revision)
+    learnt = source.read_tokenizer(adapter) if adapter else None
+    if learnt is not None and (own := opened.tokenizer()) is not None and len(learnt) <= len(own):
+        learnt = None
+    opened = grown.grow(opened, new_tokens, start=new_rows, tokenizer=learnt)
     config = dict(opened.config)
     try:
         model = models.build(config, scan=scan, remat=remat, dtype=dtype, param_dtype=param_dtype)
@@ -99,6 +112,7 @@ def outline(
         raise ValueError(f"{opened.path}: {error}") from error
     shapes = models.abstract(model)
     sites = core_sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    tables = opened.for_model(shapes) if isinstance(opened, grown.Grown) else None
     specs = sharding.base_specs(shapes, sites, made, rules)
     shapes = _packed(opened, shapes, sites, quantize, kernel)
     places = {path: sharding.of_leaf(x, specs[path], made) for path, x in tree.flatten(shapes).items()}
@@ -106,7 +120,8 @@ def outline(
         path: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), x, places[path])
         for path, x in tree.flatten(shapes).items()
     }
-    return Base(Path(folder), config, model, tree.unflatten(placed), sites, specs, made, opened.tokenizer(), opened)
+    params, tokenizer = tree.unflatten(placed), opened.tokenizer()
+    return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, opened, tables)
 
 
 def _packed(opened: weights.Source, shapes, sites: Sites, rules: quantization.Rules, kernel: str) -> dict[str, Any]:
@@ -157,6 +172,43 @@ class Run:
     def params(self) -> dict[str, Any]:
         return tree.merge(*self.part)
 
+    def save(self, folder: str | Path, *, base: str | None = None) -> Path:
+        """Write the adapter; with it what the base has learnt beside its files."""
+        learnt = {} if self.base.grown is None else {"tokenizer": self.base.tokenizer, "grown": self.base.grown}
+        return adapters.save(folder, self.part, self.method, self.base.sites, base=base, extra=self.raw, **learnt)
+
+
+def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
+    """`config.method` as a method; text in it, also of a chain's parts, becomes the ids of the base's tokenizer."""
+    known = {} if base.tokenizer is None else base.tokenizer.get_vocab()
+
+    def to_id(token: int | str) -> int:
+        if isinstance(token, str) and token not in known:
+            raise ValueError(
+                f"config.method.tokens: {token!r} is no token of {base.path}; config.model.new_tokens adds it; "
+                f"the nearest: {tree.nearest(token, known)}"
+            )
+        return known[token] if isinstance(token, str) else token
+
+    def spelled(own: Mapping[str, Any]) -> dict[str, Any]:
+        own = {k: spelled(v) if k in parts else v for k, v in own.items()}
+        if own.get("tokens"):
+            tables = {name: tuple(map(to_id, tokens)) for name, tokens in core_rows.by_table(own["tokens"]).items()}
+            own["tokens"] = tables.get("", tables)
+        if own.get("init_text"):
+            if base.tokenizer is None:
+                raise ValueError(f"{base.path}: holds no tokenizer for init_text; give init_ids in its place")
+            own["init_ids"] = tuple(base.tokenizer(own["init_text"])["input_ids"])
+        return own
+
+    parts = methods.chained(settings["name"])
+    for part in parts:
+        if (start := settings.get(part, {}).get("init")) in ("eva", "loftq"):
+            raise ValueError(
+                f"{part}: init {start!r} works alone, not in {settings['name']!r}; start the chain otherwise"
+            )
+    return methods.make(**spelled(settings))
+
 
 def start(
     base: Base,
@@ -169,10 +221,13 @@ def start(
     """A fresh method on the base, or what `calibrate` found; with `warm_start` its trainable values are an adapter
     folder's.
     """
-    method = _make(base, settings)
+    method = make_method(base, settings)
     part = method.init(jax.random.key(seed), base.params, base.sites)
     if method.begin is not None:
         part = method.begin(part, _prefill(base), base.sites)
+    tables = [f"{path.rpartition('/')[0]}/" for path in base.grown or ()]
+    if tables and not any(path.startswith(tuple(tables)) for path in tree.flatten(part.trainable)):
+        logging.warning("config.model.new_tokens: nothing trains their rows; config.method.tokens of lora would")
     if found is not None:
         part = eva.fill(part, found, base.sites, adapter=settings["adapter"])
     if settings.get("init") == "loftq":
@@ -188,25 +243,6 @@ def start(
             )
         part = Partition(part.frozen, warm.trainable)
     return Run(base, method, base.place(part, method), base.inject(method))
-
-
-def _make(base: Base, settings: Mapping[str, Any]) -> Method:
-    """The method of a config; an `init_text`, also of a chain's part, as the ids that the base's tokenizer gives."""
-
-    def spelled(own: Mapping[str, Any]) -> dict[str, Any]:
-        own = {k: spelled(v) if isinstance(v, Mapping) else v for k, v in own.items()}
-        if own.get("init_text"):
-            if base.tokenizer is None:
-                raise ValueError(f"{base.path}: holds no tokenizer for init_text; give init_ids in its place")
-            own["init_ids"] = tuple(base.tokenizer(own["init_text"])["input_ids"])
-        return own
-
-    for part in methods.chained(settings["name"]):
-        if (start := settings.get(part, {}).get("init")) in ("eva", "loftq"):
-            raise ValueError(
-                f"{part}: init {start!r} works alone, not in {settings['name']!r}; start the chain otherwise"
-            )
-    return methods.make(**spelled(settings))
 
 
 def _prefill(base: Base) -> Callable[[Sequence[int]], tuple[jax.Array, jax.Array]]:
@@ -249,7 +285,7 @@ def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) 
     found = eva.calibrate(
         run,
         base.inject,
-        methods.make(**config["method"]),
+        make_method(base, config["method"]),
         base.params,
         base.sites,
         looks(),
@@ -278,7 +314,7 @@ def _originals(base: Base) -> Callable[[str, int], Any]:
 
 def sketch(base: Base, settings: Mapping[str, Any]) -> Run:
     """`start` in shapes: nothing is read or computed, the base may be an outline."""
-    method = _make(base, settings)
+    method = make_method(base, settings)
     shapes = tree.abstract(base.params)
     part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, base.sites), shapes)
     return Run(base, method, part, base.inject(method))

@@ -83,6 +83,8 @@ def load(
                 filled[slot.path][slot.index] = value
             else:
                 frozen[slot.path] = jnp.asarray(value, frozen[slot.path].dtype)
+        for _, copy in _copies(piece, form, sites):
+            tensors.pop(copy, None)
     for path, leaf in trainable.items():
         if path in theta:
             continue
@@ -180,6 +182,7 @@ def _write(
         tensors |= _pack(layers, slots, piece, form, trainable, config)
         if form is not None and form.closed is not None:
             tensors = form.closed(tensors, config)
+        tensors |= {copy: tensors[key] for key, copy in _copies(piece, form, sites, written=True)}
     for path, leaf in trainable.items():
         if path not in theta:
             value = _numbers(leaf)
@@ -314,6 +317,21 @@ def _unpack(
             continue  # the file leaves it to its seed
         shape = _turned(slot.shape, slot.leaf, form)
         yield slot, _turned(_taken(tensors, key, shape, folder), slot.leaf, form)
+
+
+def _copies(piece: Method, form: hf.Format | None, sites: Sites, *, written: bool = False) -> Iterator[tuple[str, str]]:
+    """(a table's tensor, its copy at a head tied to the table): all that a file may hold, or those that PEFT writes."""
+    if not piece.tied or form is None:
+        return
+    leaves = {leaf: suffix for leaf, suffix in form.keys["embed"].items() if leaf in piece.axes}
+    if written:
+        leaves = {leaf: suffix for leaf, suffix in leaves.items() if form.keys.get("head", {}).get(leaf) == suffix}
+    tables = {
+        s.kernel: s.names[0] for s in sites.values() if s.kind == "embed" and _is_target(piece, s.names[0], s.kind)
+    }
+    for head in (s for s in sites.values() if s.kind == "head" and s.kernel in tables):
+        for suffix in leaves.values():
+            yield f"{PREFIX}{tables[head.kernel]}.{suffix}", f"{PREFIX}{head.names[0]}.{suffix}"
 
 
 def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:

@@ -247,11 +247,16 @@ class Safetensors(Source):
         return part[index]
 
     def tokenizer(self) -> Any | None:
-        if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
-            return None
-        from transformers import AutoTokenizer
+        return read_tokenizer(self.folder)
 
-        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False, local_files_only=True)
+
+def read_tokenizer(folder: str | Path) -> Any | None:
+    """The transformers tokenizer in a folder; None where there is none."""
+    if not any((Path(folder) / file).exists() for file in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
