@@ -80,7 +80,7 @@ def load(
             continue
         for key, index, own in _whole(path, leaf, method, sites):
             filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
-    for key in [k for k in tensors if k.endswith(".base_layer.weight")]:  # an embedding PEFT saved whole
+    for key in [k for k in tensors if k.endswith(".base_layer.weight")]:  # an embedding or a head PEFT saved whole
         _replace_base(frozen, key, tensors.pop(key), folder)
     if tensors:
         first = sorted(tensors)[0]
@@ -309,6 +309,8 @@ def _is_target(method: Method, name: str, kind: str) -> bool:
 def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Path) -> None:
     module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight").replace(".", "/")
     path = f"{module}/embedding"
+    if f"{module}/kernel" in base:  # an output head that is not tied
+        path, tensor = f"{module}/kernel", tensor.T
     if path not in base or base[path].shape != tensor.shape:
         raise ValueError(f"{folder}: {key!r} {tensor.shape} fits no table of this base; was its vocabulary resized?")
     base[path] = jnp.asarray(tensor, base[path].dtype)
