@@ -150,3 +150,15 @@ def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
     _edit(copy, lambda t: [t.pop(k) for k in list(t) if k.endswith(("randlora_A", "randlora_B"))])
     _, again, _ = adapters.load(copy, params, found)
     jax.tree.map(np.testing.assert_array_equal, drawn.frozen["randlora"], again.frozen["randlora"])
+
+
+def test_a_head_that_is_not_tied_is_read_where_peft_saved_it_whole(opened, copy):
+    """PEFT writes a targeted lm_head itself beside the adapter; it replaces the base's."""
+    _, params, found = opened
+    head = tree.flatten(params)["lm_head/kernel"]
+    _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.asarray(head).T + 1}))
+    _, part, _ = adapters.load(copy, params, found)
+    np.testing.assert_array_equal(tree.flatten(part.frozen)["lm_head/kernel"], head + 1)
+    _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((3, 64), np.float32)}))
+    with pytest.raises(ValueError, match="fits no table of this base"):
+        adapters.load(copy, params, found)
