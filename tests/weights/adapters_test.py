@@ -197,3 +197,15 @@ def test_what_peft_does_not_read_is_said():
     both = adapters.without_peft_type("prefix+adapter")
     assert "no type for several methods in one" in both and "and none for adapter: a peftax_adapter.json" in both
     assert adapters.without_peft_type("prefix+lora").endswith("which PEFT reads one by one")
+
+
+def test_a_head_that_is_not_tied_is_read_where_peft_saved_it_whole(opened, copy):
+    """PEFT writes a targeted lm_head itself beside the adapter; it replaces the base's."""
+    _, params, found = opened
+    head = tree.flatten(params)["lm_head/kernel"]
+    _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.asarray(head).T + 1}))
+    _, part, _ = adapters.load(copy, params, found)
+    np.testing.assert_array_equal(tree.flatten(part.frozen)["lm_head/kernel"], head + 1)
+    _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((3, 64), np.float32)}))
+    with pytest.raises(ValueError, match="fits no table of this base"):
+        adapters.load(copy, params, found)
