@@ -62,6 +62,7 @@ def load(
     frozen, trainable = (tree.flatten(half) for half in part)
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
+    fixed: dict[str, np.ndarray] = {}  # frozen leaves that the file holds
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -74,7 +75,8 @@ def load(
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
-                frozen[slot.path] = jnp.asarray(value, frozen[slot.path].dtype)
+                fixed.setdefault(slot.path, np.array(frozen[slot.path]))[slot.index] = value
+    frozen |= {path: jnp.asarray(value) for path, value in fixed.items()}
     for path, leaf in trainable.items():
         if path in theta:
             continue
