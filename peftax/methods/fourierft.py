@@ -121,7 +121,7 @@ def product(x: jax.Array, c: jax.Array, at: jax.Array, n_out: int) -> jax.Array:
     low = low * last(c / n_in, low)
     up = jnp.where(last((2 * v <= n_in) == (2 * u <= n_out), low), low.conj(), low)
     half = jnp.zeros((*x.shape[:-1], n_out // 2 + 1), up.dtype).at[..., jnp.minimum(u, n_out - u)].add(up)
-    alone = last(np.arange(n_out // 2 + 1) * 2 % n_out == 0, half)  # those that are their own other half
+    alone = last(jnp.arange(n_out // 2 + 1) * 2 % n_out == 0, half)  # those that are their own other half
     return jnp.fft.irfft(jnp.where(alone, half.real, half / 2), n_out)
 
 

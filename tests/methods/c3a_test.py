@@ -9,7 +9,8 @@ from peftax.methods.c3a import HF, c3a
 from tests.methods import hand, llama_3b, tiny
 
 # w starts so small by default that a perturbation of its own size would not show
-SMALL = {"block": 1, "block_pattern": {"[qkvo]_proj": 4}, "init": "gaussian"}
+LINEAR = [*(f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")), "lm_head"]
+SMALL = {"block": 1, "block_pattern": {"[qkvo]_proj": 4}, "init": "gaussian", "targets": LINEAR}
 TOY = {"block": 1, "block_pattern": {"query|key|value|out": 3}, "init": "gaussian"}
 
 
@@ -75,7 +76,7 @@ def test_pefts_words_for_the_start():
 
 def test_layers_of_unlike_blocks_are_refused_in_one_stack():
     method = c3a(block=4, targets=["q_proj"], block_pattern={r"layers\.1\..*": 2})
-    with pytest.raises(ValueError, match=r"c3a: .*layers\.0.* 'block': 4.* and .*layers\.1.* 'block': 2.*scan=False"):
+    with pytest.raises(ValueError, match=r"c3a: .*layers\.0.*'block': 4.* and .*layers\.1.*'block': 2.*scan=False"):
         method.init(jax.random.key(0), tiny.params(), tiny.found())
     _, trainable = method.init(jax.random.key(0), tiny.params(scan=False), tiny.found(scan=False))
     assert [x.shape for x in jax.tree.leaves(trainable)] == [(10, 6, 4), (20, 12, 2)]
