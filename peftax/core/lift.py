@@ -44,6 +44,7 @@ def per_kernel(
     adapter: str = "default",
     needs: str = "product",
     exact: Sequence[str] = (),
+    alike: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Method:
     """Lift functions of one kernel to a method over all sites that `settings` targets.
@@ -64,6 +65,7 @@ def per_kernel(
       adapter: the name under which the leaves lie.
       needs: what call needs of the base: "product", "norms" or "dense".
       exact: leaves that call gets in float32, whatever the kernel's dtype is.
+      alike: layers of one stack must have the same settings, since zeros that pad a leaf would change what it means.
       config: what made this method, kept with its files.
 
     Returns:
@@ -76,6 +78,8 @@ def per_kernel(
         flat = tree.flatten(params)
         theta, shapes = _Theta(name, adapter), []
         for site, wanted in _targeted(sites.values(), chosen):
+            if alike:
+                _same(name, site, wanted)
             w = site.matrix(flat[site.kernel])
             b = flat[site.bias].reshape(len(site.layers), -1) if site.bias else None
             theta.add(site, _init_layers(init, key, site, Kernel(w, b, site.kind), wanted, draws))
@@ -377,6 +381,17 @@ def _init_layers(init, key, place: Place, what: Any, wanted: list[dict | None], 
 
 def _shared_key(key, name: str):
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def _same(name: str, place: Place, wanted: list[dict | None]) -> None:
+    """Raise where layers of one stack are to have unlike settings."""
+    given = [(layer, s) for layer, s in zip(place.names, wanted, strict=True) if s is not None]
+    for layer, settings in given:
+        if settings != given[0][1]:
+            raise ValueError(
+                f"{name}: {given[0][0]} has {given[0][1]} and {layer} {settings}, and both lie in one stack; build "
+                "the model with scan=False"
+            )
 
 
 def _layer_key(key, place: Place, layer: int):

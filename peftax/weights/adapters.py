@@ -70,6 +70,7 @@ def load(
     frozen, trainable = (tree.flatten(half) for half in part)
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
+    fixed: dict[str, np.ndarray] = {}  # frozen leaves that the file holds
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -82,9 +83,10 @@ def load(
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
-                frozen[slot.path] = jnp.asarray(value, frozen[slot.path].dtype)
+                fixed.setdefault(slot.path, np.array(frozen[slot.path]))[slot.index] = value
         for _, copy in _copies(piece, form, sites):
             tensors.pop(copy, None)
+    frozen |= {path: jnp.asarray(value) for path, value in fixed.items()}
     for path, leaf in trainable.items():
         if path in theta:
             continue
