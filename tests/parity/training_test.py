@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 torch = pytest.importorskip("torch", reason="needs torch: run with .venv-parity")
 
 import peft  # noqa: E402
+from peft.tuners.c3a.utils import BlockCircularConvolution  # noqa: E402
 
 from peftax import models, weights  # noqa: E402
 from peftax.core import injection, sites  # noqa: E402
@@ -51,6 +52,13 @@ OPTIONS = {
     "LOKR+factor": ("LOKR", {"decompose_factor": 4, "r": 2}),
     "VERA+attention": ("VERA", {"target_modules": ["q_proj", "o_proj"]}),
     "ADALORA+penalty": ("ADALORA", {"orth_reg_weight": 0.25, "init_r": 3, "target_r": 2}),
+    "BOFT+blocks": ("BOFT", {"boft_block_num": 4, "boft_block_size": 0, "bias": "boft_only"}),
+    "C3A+pattern": ("C3A", {"block_size_pattern": {"q_proj": 8}, "target_modules": ["q_proj", "up_proj"]}),
+    "FOURIERFT+pattern": ("FOURIERFT", {"n_frequency_pattern": {"q_proj": 7}, "bias": "all"}),
+    "HRA+ranks": ("HRA", {"r": 2, "bias": "hra_only", "target_modules": "all-linear"}),
+    "MISS+norms": ("MISS", {"r": 4, "target_modules": ["q_proj", "k_proj"], "modules_to_save": ["layernorm"]}),
+    "OFT+blocks": ("OFT", {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 3}),
+    "SHIRA+rank": ("SHIRA", {"r": 2, "random_seed": 5, "target_modules": "all-linear"}),
     "RANDLORA+alpha": ("RANDLORA", {"randlora_alpha": 64}),
 }
 
@@ -167,8 +175,18 @@ def load(folder, base):
     raise AssertionError
 
 
+def exact_gradient(ctx, g):
+    """Of C3A's product by its inputs and its vectors. PEFT's own by the inputs is that of w turned about."""
+    x, w = ctx.saved_tensors
+    g = torch.fft.fft(g.reshape(*g.shape[:-1], w.shape[0], -1))
+    by_x = torch.fft.ifft(torch.einsum("...mb,mnb->...nb", g, torch.fft.fft(w))).real
+    by_w = torch.fft.fft(torch.einsum("...mb,...nb->mnb", g, torch.fft.ifft(x))).real
+    return by_x.reshape(*by_x.shape[:-2], -1), by_w
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_trains_as_peft(base, case, tmp_path):
+def test_trains_as_peft(base, case, tmp_path, monkeypatch):
+    monkeypatch.setattr(BlockCircularConvolution, "backward", staticmethod(exact_gradient))
     model, linen = base
     tasks = np.array([0, 2, 1, 1], np.int32) if case.startswith("MULTITASK") else None
     reference = peft_model(model, case)
