@@ -6,7 +6,7 @@
   w : [out_blocks, in_blocks, block]  trainable f32, U(±sqrt(6 / (in + out))) or as `init` says
 
 Not the identity at init, but with init="zeros". Trainable per site: in out / block.
-Learning rate: 1e-1 to 1 (PEFT's MetaMathQA run: 3e-1), since D is divided by `in`.
+Learning rate: 1e-1 to 1 (PEFT's MetaMathQA run: 3e-1; D is divided by `in`).
 Source: https://arxiv.org/abs/2407.19342, its section on block-circular convolution.
 Departs: as Hugging Face PEFT, but for the gradient by x: PEFT 0.21.2 writes it by hand, with w turned about, which is
 not that of its product. Its four transforms of complex numbers are three of real ones here.

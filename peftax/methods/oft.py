@@ -13,7 +13,7 @@ With the last power p = terms - 1 (3 for terms = 3 too; terms = 2: I + 2 Q), or 
 The sum without end is the inverse of that on the right: there Q turns the other way.
 
 Identity at init. Trainable per site: pairs in / block_size; pairs where `share`.
-Learning rate: 1e-4 (PEFT's MetaMathQA run).
+Learning rate: 5e-5 to 5e-4 (guidance; PEFT's MetaMathQA run: 1e-4).
 Source: https://arxiv.org/abs/2306.07280, its section on Cayley parametrization, `constrained`: COFT there; acting on x,
 and the sum: https://arxiv.org/abs/2506.19847.
 Departs: what is added to x is x (R - I), so that in few bits small turns are not lost beside I. `dropout` is PEFT's
