@@ -13,13 +13,13 @@ With the last power p = terms - 1 (3 for terms = 3 too; terms = 2: I + 2 Q), or 
 The sum without end is the inverse of that on the right: there Q turns the other way.
 
 Identity at init. Trainable per site: pairs in / block_size; pairs where `share`.
-Learning rate: 5e-5 to 5e-4 (guidance; PEFT's MetaMathQA run: 1e-4).
+Learning rate: 6e-5 to 1e-4 (the authors' DreamBooth runs: 6e-5; PEFT's MetaMathQA run: 1e-4).
 Source: https://arxiv.org/abs/2306.07280, its section on Cayley parametrization, `constrained`: COFT there; acting on x,
 and the sum: https://arxiv.org/abs/2506.19847.
 Departs: what is added to x is x (R - I), so that in few bits small turns are not lost beside I. `dropout` is PEFT's
-module_dropout, which its layers of 0.21.2 build and never call. A block_size that divides n not is the divisor nearest
-to it, as in PEFT; one of 1 is refused. PEFT projects a constrained r at every forward pass, peftax after every update.
-A convolution turns its patches and has no file, where PEFT turns the image.
+module_dropout, which its layers of 0.21.2 build and never call. A block_size that does not divide n gives way to the
+nearest that does, as in PEFT; one of 1 is refused. PEFT projects a constrained r at every forward pass, peftax after
+every update. A convolution turns its patches and has no file, where PEFT turns the image.
 """
 
 from __future__ import annotations

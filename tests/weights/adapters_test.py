@@ -203,7 +203,7 @@ def test_a_head_that_is_not_tied_is_read_where_peft_saved_it_whole(opened, copy)
     """PEFT writes a targeted lm_head itself beside the adapter; it replaces the base's."""
     _, params, found = opened
     head = tree.flatten(params)["lm_head/kernel"]
-    _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.asarray(head).T + 1}))
+    _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.ascontiguousarray(head.T + 1)}))
     _, part, _ = adapters.load(copy, params, found)
     np.testing.assert_array_equal(tree.flatten(part.frozen)["lm_head/kernel"], head + 1)
     _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((3, 64), np.float32)}))
