@@ -10,7 +10,7 @@ from tests.methods import hand, llama_3b, tiny
 
 # w starts so small by default that a perturbation of its own size would not show
 LINEAR = [*(f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")), "lm_head"]
-SMALL = {"block": 1, "block_pattern": {"[qkvo]_proj": 4}, "init": "gaussian", "targets": LINEAR}
+SMALL = {"block": 1, "block_pattern": {"[qo]_proj": 8, "[kv]_proj": 4}, "init": "gaussian", "targets": LINEAR}
 TOY = {"block": 1, "block_pattern": {"query|key|value|out": 3}, "init": "gaussian"}
 
 
