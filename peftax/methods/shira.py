@@ -107,10 +107,10 @@ def changed(x: jax.Array, w: jax.Array, v: jax.Array, at: jax.Array) -> jax.Arra
 
 
 def gathered(x: jax.Array, v: jax.Array, at: jax.Array, n_out: int) -> jax.Array:
-    """x [..., in] times the sparse matrix of v [n] at `at` [n, 2], through [..., n]: [..., out]."""
-    parts = x[..., at[:, 1]]
-    parts = parts * last(v, parts)
-    return jnp.zeros((*x.shape[:-1], n_out), parts.dtype).at[..., at[:, 0]].add(parts)
+    """x [..., in] times the sparse matrix of v [n] at `at` [n, 2], through [..., n], summed in f32: [..., out]."""
+    parts = x[..., at[:, 1]].astype(jnp.float32)
+    parts = parts * last(v.astype(jnp.float32), parts)
+    return jnp.zeros((*x.shape[:-1], n_out)).at[..., at[:, 0]].add(parts).astype(x.dtype)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:

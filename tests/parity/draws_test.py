@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from peftax.core import draws
+from peftax.methods import fourierft, shira
 
 torch = pytest.importorskip("torch", reason="needs torch: run with .venv-parity")
 
@@ -46,3 +47,19 @@ def test_kaiming(a):
     torch.nn.init.kaiming_uniform_(theirs, a=a, generator=torch.Generator().manual_seed(1))
     bound = draws.kaiming_bound(6, a)
     np.testing.assert_allclose(draws.Generator(1).uniform((5, 3, 2), -bound, bound), theirs, atol=6e-8)
+
+
+@pytest.mark.parametrize("seed", [None, 42])
+def test_places_of_shira_and_fourierft(seed):
+    """SHiRA's mask as PEFT makes it, also without a seed; FourierFT's entries are in no file at all."""
+    from peft import FourierFTConfig, ShiraConfig, get_peft_model
+
+    def layer(config):
+        return get_peft_model(torch.nn.Sequential(torch.nn.Linear(48, 20)), config).base_model.model[0]
+
+    theirs = layer(ShiraConfig(r=3, random_seed=seed, target_modules=["0"])).shira_indices["default"]
+    ours = shira.places(shira.UNSEEDED if seed is None else seed, 48, 20, 3)
+    np.testing.assert_array_equal(ours.T, theirs)
+    seed = 777 if seed is None else seed
+    config = FourierFTConfig(n_frequency=50, random_loc_seed=seed, target_modules=["0"])
+    np.testing.assert_array_equal(fourierft.places(seed, 48, 20, 50).T, layer(config).indices["default"])
