@@ -142,6 +142,19 @@ def test_training_arguments_exist():
     assert told - known == set()
 
 
+# --- checks.md ------------------------------------------------------------------------------------
+
+
+def test_the_tests_it_names_are_there():
+    """A test's name stands after the link to its file."""
+    told = re.findall(r"\]\(([^)]+_test\.py)\)|`(test_\w+)`", (DOCS / "checks.md").read_text())
+    file = ""
+    for link, name in told:
+        file = (DOCS / link).read_text() if link else file
+        assert link or f"def {name}(" in file, name
+    assert sum(bool(name) for _, name in told) > 40
+
+
 # --- the other pages ------------------------------------------------------------------------------
 
 

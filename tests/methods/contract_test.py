@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peftax import methods, sharding
+from peftax import methods, models, sharding
 from peftax.core import injection, sites, tree
 from peftax.core.method import Ctx, parts
 from peftax.train import loss, optimizers
@@ -356,6 +356,25 @@ def test_7_frozen_is_an_argument(case):
     program = step.trace(state, case.frozen, tiny.batch()).jaxpr
     baked = sum(np.size(c) for c in program.consts)
     assert baked < 100
+
+
+def test_8_half_precision(case):
+    """A bf16 base: the loss is near the float32 one, theta's gradient is finite and float32."""
+    apply = injection.inject(models.build(tiny.CONFIG, dtype=jnp.bfloat16).apply, case.method)
+    base = tree.flatten(tiny.params()).keys()
+    half = {p: x.astype(jnp.bfloat16) if p in base else x for p, x in tree.flatten(case.frozen).items()}
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(trainable, frozen, batch):
+        total, weight = causal_lm(apply, tree.merge(frozen, trainable), batch)
+        return total / weight
+
+    value, gradient = mean(case.trainable, tree.unflatten(half), tiny.batch())
+    expected, _ = case.gradient(dropout=False)()
+    assert abs(value - expected) <= 0.02 * expected
+    for path, leaf in tree.flatten(gradient).items():
+        assert leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all(), path
 
 
 def test_9_accumulation(case):
