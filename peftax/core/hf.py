@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,23 @@ Layers = dict[str, dict[str, np.ndarray]]
 
 
 BY_NAME = "by name"  # in place of target_modules: the whole names of all targets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stacks:
+    """How one parameter that stacks the kernels of many experts stands in a file (PEFT's `target_parameters`).
+
+    leaves: the leaves that it holds; experts with others are written one by one.
+    pack:   leaves of all experts [E, ...] -> {suffix: tensor}.
+    unpack: ([{suffix: tensor}] and [leaf -> shape [E, ...]] of all stacks, adapter_config.json) -> [leaves [E, ...]].
+    settle: (keyword arguments, {parameter: the Hugging Face name of one of its experts}) -> keyword arguments that
+            say the same by parameters.
+    """
+
+    leaves: tuple[str, ...]
+    pack: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    unpack: Callable[..., list[dict[str, np.ndarray]]]
+    settle: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
 
 
 class Unsupported(ValueError):
@@ -34,6 +52,7 @@ class Format:
     unpack:    its inverse: (tensors, layers with shapes in place of arrays, keyword arguments) -> layers.
     opened:    (the file's tensors, keyword arguments) -> tensors as `keys` names them, where a file may differ.
     closed:    its inverse: tensors as `keys` names them -> the file's.
+    stacks:    the form of stacked experts; without it each expert has tensors of its own, which only peftax reads.
     """
 
     peft_type: str
@@ -47,29 +66,45 @@ class Format:
     unpack: Callable[..., Layers] | None = None
     opened: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
     closed: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
+    stacks: Stacks | None = None
 
 
 def read_targets(config: Mapping[str, Any]) -> dict[str, Any]:
     """Which modules, as most PEFT types say it."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    layers = None if layers == [] else layers
+    if layers is not None and config.get("layers_pattern"):
+        targets, layers = _numbered(config["layers_pattern"], layers, targets), None
     return {
-        "targets": config["target_modules"],
+        "targets": targets,
         "exclude": config.get("exclude_modules"),
-        "layers": config.get("layers_to_transform"),
+        "layers": layers,
         "modules_to_save": tuple(config.get("modules_to_save") or ()),
     }
+
+
+def _numbered(stacks: Any, numbers: Any, targets: Any) -> str:
+    """A regex for these suffixes below these numbers of these stacks (`layers_pattern`)."""
+    stacks, numbers, targets = ([x] if isinstance(x, str | int) else list(x) for x in (stacks, numbers, targets))
+    where = rf"(?:.*\.)?(?:{'|'.join(stacks)})\.(?:{'|'.join(map(str, numbers))})\."
+    return rf"{where}(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
 
 
 def write_targets(config: Mapping[str, Any], *, known: tuple[str, ...] = ("exclude", "layers")) -> dict[str, Any]:
     """The inverse; known: which choices this PEFT type's config has. Others are spelled out as names."""
     spelled = any(config[key] is not None for key in {"exclude", "layers"} - set(known))
-    fields = {"exclude_modules": config["exclude"], "layers_to_transform": config["layers"]}
+    fields = {
+        "exclude_modules": config["exclude"],
+        "layers_to_transform": config["layers"],
+        "layers_pattern": None,  # a number is the first of its name
+    }
     if spelled:
         fields = dict.fromkeys(fields)
     return {
         "target_modules": BY_NAME if spelled else config["targets"],
         **{f: value for f, value in fields.items() if f.split("_")[0] in known},
         "modules_to_save": list(config["modules_to_save"] or ()) or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": False,  # how torch lays out the base; the adapter's tensors are the same
     }
 
 
@@ -79,3 +114,65 @@ def refuse(config: Mapping[str, Any], fields: Mapping[str, str], instead: str) -
         if config.get(field):
             kind = config["peft_type"]
             raise Unsupported(f"{kind} with {field} ({what}) is not supported; the nearest is {instead}")
+
+
+# --- LORA: one type for many files ----------------------------------------------------------------
+
+LORA_VARIANTS = {  # field of a LORA config -> what it asks for
+    "use_dora": "DoRA",
+    "use_bdlora": "block-diagonal factors",
+    "use_qalora": "pooled inputs of a GPTQ base",
+    "alora_invocation_tokens": "an adapter that begins at certain tokens",
+    "arrow_config": "routing among adapters",
+    "kasa_config": "a truncated base",
+    "velora_config": "compressed activations",
+    "monteclora_config": "sampled factors",
+    "lora_bias": "a bias on B",
+    "target_parameters": "parameters in place of modules",
+    "trainable_token_indices": "rows of the embedding",
+    "layer_replication": "layers that stand several times",
+    "megatron_config": "Megatron's parallel layers",
+}
+LORA_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that move the base
+
+
+def read_lora(config: Mapping[str, Any], *, honours: tuple[str, ...] = (), starts: tuple[str, ...] = ()) -> dict:
+    """What all methods of type LORA read alike.
+
+    honours: which of LORA_VARIANTS the method reads itself.  starts: which of LORA_STARTS it can move the base by.
+
+    Raises Unsupported for every other.
+    """
+    instead = "plain " + ("dora" if "use_dora" in honours else "lora")
+    refuse(config, {f: what for f, what in LORA_VARIANTS.items() if f not in honours}, instead)
+    start = str(config.get("init_lora_weights", True))
+    if start not in starts and (start in LORA_STARTS or start.startswith("pissa_niter_")):
+        raise Unsupported(
+            f"LORA with init_lora_weights={start!r} stands on a moved base that its folder does not hold; save it "
+            f"with path_initial_model_for_weight_conversion, as {instead}"
+        )
+    return {
+        **read_targets(config),
+        "rank": config.get("r", 8),
+        "alpha": config.get("lora_alpha", 8),
+        "rank_stabilized": config.get("use_rslora", False),
+        "dropout": config.get("lora_dropout", 0.0),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "bias": config.get("bias", "none"),
+    }
+
+
+def write_lora(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    return {
+        **write_targets(config),
+        "r": config["rank"],
+        "lora_alpha": config["alpha"],
+        "use_rslora": config["rank_stabilized"],
+        "lora_dropout": config["dropout"],
+        "rank_pattern": dict(config["rank_pattern"] or {}),
+        "alpha_pattern": dict(config["alpha_pattern"] or {}),
+        "bias": config["bias"],
+        "init_lora_weights": True,
+    }

@@ -423,6 +423,7 @@ def _why_none(places: Iterable[Place], chosen, targets: Targets | None) -> str:
                 return f"targets match no module; {name} is of kind {place.kind!r} and would have to be {wanted}"
     names = sorted({n for p in places for n in (p.template.replace("/", "."), *p.names)})
     known = sorted({*names, *(n.rpartition(".")[2] for n in names)})
-    wanted = [] if targets is None else [targets.modules] if isinstance(targets.modules, str) else targets.modules
+    modules = () if targets is None else targets.modules or ()
+    wanted = [*([modules] if isinstance(modules, str) else modules), *(targets.parameters if targets else ())]
     near = "; ".join(f"nearest to {w!r}: {tree.nearest(w, known)}" for w in wanted if w != "all-linear")
     return f"targets match no module; {near or 'the model has ' + ', '.join(names[:8])}"

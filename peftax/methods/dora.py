@@ -17,7 +17,6 @@ the dropped input, which costs a whole product more and has the same mean.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 
 from peftax.core import hf, lift
 from peftax.core.method import Ctx, Kernel, Method
-from peftax.core.targets import Patterns, Targets, by_pattern
+from peftax.core.targets import Patterns, Targets, low_rank
 from peftax.methods import inits
 from peftax.ops.product import last, matmul, narrow
 from peftax.ops.qtensor import dense
@@ -57,9 +56,8 @@ def dora(
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:
-        r = by_pattern(rank_pattern, name, rank)
-        alpha_here = by_pattern(alpha_pattern, name, alpha)
-        return {"rank": r, "scale": alpha_here / (math.sqrt(r) if rank_stabilized else r)}
+        patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        return low_rank(name, rank, alpha, rank_stabilized=rank_stabilized, **patterns)
 
     def init(key, k: Kernel, *, rank: int, scale: float):
         a, b = inits.module("kaiming").kaiming(key, k.w, rank, scale)
@@ -102,40 +100,13 @@ def dora(
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    other = {k: v for k, v in config.items() if k.startswith("use_") and k not in ("use_dora", "use_rslora")}
-    fields = (*other, "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "layer_replication")
-    hf.refuse(config, dict.fromkeys(fields, "besides use_dora"), "plain dora")
-    if config.get("init_lora_weights", True) in ("pissa", "olora", "corda", "loftq", "lora_ga"):
-        raise hf.Unsupported(
-            f"LORA with use_dora and init_lora_weights={config['init_lora_weights']!r} stands on a moved base; the "
-            "nearest is plain dora"
-        )
-    bias = config.get("bias", "none")
-    return {
-        **hf.read_targets(config),
-        "rank": config.get("r", 8),
-        "alpha": config.get("lora_alpha", 8),
-        "rank_stabilized": config.get("use_rslora", False),
-        "dropout": config.get("lora_dropout", 0.0),
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
-        "bias": "dora_only" if bias == "lora_only" else bias,
-    }
+    settings = hf.read_lora(config, honours=("use_dora",))
+    return {**settings, "bias": settings["bias"].replace("lora_only", "dora_only")}
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **hf.write_targets(config),
-        "r": config["rank"],
-        "lora_alpha": config["alpha"],
-        "use_rslora": config["rank_stabilized"],
-        "use_dora": True,
-        "lora_dropout": config["dropout"],
-        "rank_pattern": dict(config["rank_pattern"] or {}),
-        "alpha_pattern": dict(config["alpha_pattern"] or {}),
-        "bias": "lora_only" if config["bias"] == "dora_only" else config["bias"],
-        "init_lora_weights": True,
-    }
+    fields = hf.write_lora(config)
+    return {**fields, "use_dora": True, "bias": fields["bias"].replace("dora_only", "lora_only")}
 
 
 HF = hf.Format(

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from peftax import methods
 from peftax.core import hf, tree
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, parts
-from peftax.core.sites import Sites, real_shape, theta_of
+from peftax.core.sites import Site, Sites, real_shape, theta_of
 from peftax.weights import names, source
 
 PREFIX = "base_model.model."
@@ -69,6 +69,7 @@ def load(
         if form is not None and form.opened is not None:
             tensors = form.opened(tensors, method.config)
         slots = list(_slots(theta, piece, method, sites))
+        tensors = _unstacked(tensors, slots, piece, raw, folder)
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece)]
         for slot, value in _unpack(tensors, wanted, piece, trainable, method.config, folder):
             if slot.path in trainable:
@@ -110,6 +111,7 @@ def save(
     frozen, trainable = (tree.flatten(half) for half in part)
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if _is_theta(path, method)}
     tensors, config = {}, {k: v for k, v in method.config.items() if k != "adapter"}
+    stacked: dict[str, str] = {}
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -128,6 +130,7 @@ def save(
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
         tensors |= _pack(layers, slots, piece, trainable, config)
+        stacked |= _stack(tensors, slots.values(), piece, folder)
         if form is not None and form.closed is not None:
             tensors = form.closed(tensors, config)
     for path, leaf in trainable.items():
@@ -136,7 +139,7 @@ def save(
             for key, index, own in _whole(path, leaf, method, sites):
                 tensors[key] = own.to_file(value[index])
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    file, written = _config(method, config, sites, base, extra or {})
+    file, written = _config(method, config, sites, base, extra or {}, stacked)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
@@ -161,7 +164,10 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it."""
+    """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it.
+
+    experts: how many kernels its module stacks; 0 where it has one.
+    """
 
     path: str
     index: tuple
@@ -169,11 +175,13 @@ class _Slot:
     name: str
     leaf: str
     kind: str
+    experts: int = 0
 
 
 def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites) -> Iterator[_Slot]:
-    """Every layer's part of one method's leaves, without padding."""
-    for path, leaf in theta.items():
+    """Every layer's part of one method's leaves, without padding; in the order in which the model calls its sites."""
+    order = {path: i for i, path in enumerate(sites)}
+    for path, leaf in sorted(theta.items(), key=lambda item: order.get(item[0].rsplit("/", 3)[0], -1)):
         place, own_piece, axes = theta_of(path, method, sites)
         last = path.rsplit("/", 1)[-1]
         if own_piece is not piece or last not in piece.axes:
@@ -188,7 +196,8 @@ def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites
                 continue
             shape = real_shape(settings, axes, own)
             at = np.unravel_index(layer, place.stack) if place.stack else ()
-            yield _Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind)
+            experts = place.stack[-1] if isinstance(place, Site) and place.n_stack else 0
+            yield _Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind, experts)
 
 
 def _numbers(leaf: Any) -> np.ndarray:
@@ -287,6 +296,87 @@ def _is_theta(path: str, method: Method) -> bool:
     return len(bits) > 2 and any(m.call and m.name == bits[-3] for m in parts(method))
 
 
+# --- experts in one parameter ---------------------------------------------------------------------
+
+
+def _experts(slots: Iterable[_Slot], piece: Method) -> dict[str, dict[str, list[_Slot]]]:
+    """{stacked parameter: {leaf: the slots of all its experts}} of those stacks that are targets whole and alike."""
+    form, found = _form(piece), {}
+    if form is None or form.stacks is None or piece.settings is None:
+        return {}
+    for slot in slots:
+        if slot.experts and _file_key(slot, piece):
+            found.setdefault(slot.name.rpartition(".")[0], {}).setdefault(slot.leaf, []).append(slot)
+
+    def alike(own: list[_Slot]) -> bool:
+        settings = [piece.settings(s.name, s.kind) for s in own]
+        return len(own) == own[0].experts and all(s == settings[0] for s in settings)
+
+    held = set(form.stacks.leaves)
+    return {p: leaves for p, leaves in found.items() if set(leaves) == held and all(map(alike, leaves.values()))}
+
+
+def _nested(parameters: Iterable[str]) -> dict[str, str]:
+    """parameter -> the module in the file that holds its tensors: of one module's parameters each wraps the former."""
+    holders: dict[str, list[str]] = {}
+    for parameter in parameters:
+        holders.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    return {
+        parameter: (PREFIX + holder).rstrip(".") + ".base_layer" * depth
+        for holder, held in holders.items()
+        for depth, parameter in enumerate(reversed(held))
+    }
+
+
+def _stack(tensors: dict[str, np.ndarray], slots: Iterable[_Slot], piece: Method, folder: Path) -> dict[str, str]:
+    """Put experts' tensors together, in place; {parameter: one of its experts' names}."""
+    slots = list(slots)
+    experts = _experts(slots, piece)
+    alone = [s.name for s in slots if s.experts and s.name.rpartition(".")[0] not in experts]
+    if alone:
+        logging.warning(
+            "%s: %r stands for itself, since its stack's experts are not all adapted alike; Hugging Face PEFT does not "
+            "read it",
+            folder,
+            alone[0],
+        )
+    modules = _nested(experts)
+    for parameter, leaves in experts.items():
+        held = {
+            leaf: np.stack([_turned(tensors.pop(_file_key(s, piece)), piece) for s in own])
+            for leaf, own in leaves.items()
+        }
+        tensors |= {f"{modules[parameter]}.{end}": value for end, value in _form(piece).stacks.pack(held).items()}
+    return {parameter: next(iter(leaves.values()))[0].name for parameter, leaves in experts.items()}
+
+
+def _unstacked(
+    tensors: Mapping[str, np.ndarray], slots: Iterable[_Slot], piece: Method, config: Mapping[str, Any], folder: Path
+) -> dict[str, np.ndarray]:
+    """The file's tensors with those of stacked experts one by one."""
+    tensors, experts = dict(tensors), _experts(slots, piece)
+    found = {  # what is written one by one stays
+        module: experts[parameter]
+        for parameter, module in _nested(experts).items()
+        if not any(_file_key(s, piece) in tensors for own in experts[parameter].values() for s in own)
+    }
+    held, shapes = [], []
+    for module, leaves in found.items():
+        zeros = {leaf: np.zeros((len(own), *own[0].shape), np.float32) for leaf, own in leaves.items()}
+        keys = {end: f"{module}.{end}" for end in _form(piece).stacks.pack(zeros)}
+        if missing := [key for key in keys.values() if key not in tensors]:
+            near = tree.nearest(missing[0], tensors, 1)
+            raise ValueError(f"{folder}: holds no tensor {missing[0]!r}; the nearest: {near}")
+        held.append({end: tensors.pop(key) for end, key in keys.items()})
+        shapes.append({leaf: value.shape for leaf, value in zeros.items()})
+    if found:
+        unpacked = _form(piece).stacks.unpack(held, shapes, config)
+        for leaves, values in zip(found.values(), unpacked, strict=True):
+            for leaf, own in leaves.items():
+                tensors |= {_file_key(s, piece): _turned(v, piece) for s, v in zip(own, values[leaf], strict=True)}
+    return tensors
+
+
 # --- whole leaves of the base ---------------------------------------------------------------------
 
 
@@ -314,13 +404,21 @@ def _replace_base(base: dict[str, Any], key: str, tensor: np.ndarray, folder: Pa
     base[path] = jnp.asarray(tensor, base[path].dtype)
 
 
-def _config(method: Method, own: Mapping[str, Any], sites: Sites, base, extra) -> tuple[str, dict[str, Any]]:
+def _config(
+    method: Method, own: Mapping[str, Any], sites: Sites, base, extra, stacked: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """(file name, its JSON); stacked: parameter -> one of its experts, for those that stand in the file as one."""
     form = _form(method)
     if form is None:
         return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": base}
+    if stacked:
+        own = form.stacks.settle(own, stacked)
     fields = form.write(own)
+    if stacked and fields["target_modules"]:  # a pattern that reached a stack would meet its module in PEFT
+        fields["target_modules"] = hf.BY_NAME
     if fields.get("target_modules") in ("all-linear", hf.BY_NAME):  # other readers know only names
         targets = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
+        targets = {n for n in targets if n.rpartition(".")[0] not in stacked}
         whole = fields["target_modules"] == hf.BY_NAME
         fields["target_modules"] = sorted(targets if whole else {n.rsplit(".", 1)[-1] for n in targets})
     if base is not None or "base_model_name_or_path" not in extra:
