@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+from peftax.core.targets import by_pattern
 
 # {Hugging Face module name ("" for what all share): {leaf: one layer's array}}
 Layers = dict[str, dict[str, np.ndarray]]
@@ -52,6 +54,8 @@ class Format:
     unpack:    its inverse: (tensors, layers with shapes in place of arrays, keyword arguments) -> layers.
     opened:    (the file's tensors, keyword arguments) -> tensors as `keys` names them, where a file may differ.
     closed:    its inverse: tensors as `keys` names them -> the file's.
+    windows:   leaves of a convolution that stand in the file as kernels of its kind: [in, r] as (r, channels, *window),
+               [r, out] as (out, r, 1, ...), [out] as (1, out, 1, ...).
     stacks:    the form of stacked experts; without it each expert has tensors of its own, which only peftax reads.
     """
 
@@ -66,6 +70,7 @@ class Format:
     unpack: Callable[..., Layers] | None = None
     opened: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
     closed: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
+    windows: tuple[str, ...] = ()
     stacks: Stacks | None = None
 
 
@@ -116,6 +121,34 @@ def refuse(config: Mapping[str, Any], fields: Mapping[str, str], instead: str) -
             raise Unsupported(f"{kind} with {field} ({what}) is not supported; the nearest is {instead}")
 
 
+def to_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
+    """A convolution's leaf [in, r], [r, out] or [out] as PEFT's tensor; its inputs here are (*window, channels)."""
+    n = len(window)
+    if axes[0] == "in":
+        return x.reshape(*window, -1, x.shape[1]).transpose(n + 1, n, *range(n))
+    return x.T.reshape(*x.T.shape, *(1,) * n) if len(axes) == 2 else x.reshape(1, -1, *(1,) * n)
+
+
+def from_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
+    """Its inverse."""
+    n = len(window)
+    if axes[0] == "in":
+        return x.transpose(*range(2, n + 2), 1, 0).reshape(-1, x.shape[0])
+    return x.reshape(x.shape[:2]).T if len(axes) == 2 else x.reshape(-1)
+
+
+def in_any_order(patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """{pattern: value}, of which the first that matches counts, spelled out by name where the order matters.
+
+    A file sorts its fields, so that another pattern might come first there.
+    """
+    names, in_file = list(names), dict(sorted(patterns.items()))
+    values = {name: by_pattern(patterns, name, None) for name in names}
+    if all(by_pattern(in_file, name, None) == value for name, value in values.items()):
+        return dict(patterns)
+    return {re.escape(name): value for name, value in values.items() if value is not None}
+
+
 # --- LORA: one type for many files ----------------------------------------------------------------
 
 LORA_VARIANTS = {  # field of a LORA config -> what it asks for
@@ -145,6 +178,14 @@ def read_lora(config: Mapping[str, Any], *, honours: tuple[str, ...] = (), start
     """
     instead = "plain " + ("dora" if "use_dora" in honours else "lora")
     refuse(config, {f: what for f, what in LORA_VARIANTS.items() if f not in honours}, instead)
+    named = config.get("target_modules") or ()
+    if config.get("ensure_weight_tying") and not config.get("modules_to_save") and not isinstance(named, str):
+        tied = [name for name in named if name.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+        if tied:
+            raise Unsupported(
+                f"LORA with ensure_weight_tying and {tied[0]!r} as a target (factors that table and head share) is not "
+                "supported; the nearest is modules_to_save"
+            )
     start = str(config.get("init_lora_weights", True))
     if start not in starts and (start in LORA_STARTS or start.startswith("pissa_niter_")):
         raise Unsupported(
@@ -175,4 +216,5 @@ def write_lora(config: Mapping[str, Any]) -> dict[str, Any]:
         "alpha_pattern": dict(config["alpha_pattern"] or {}),
         "bias": config["bias"],
         "init_lora_weights": True,
+        "ensure_weight_tying": False,  # true where a trained table is shared
     }

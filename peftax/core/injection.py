@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax.core import tree, views
 from peftax.core.method import Ctx, Kernel, Method, parts
 from peftax.core.sites import owner
-from peftax.ops.product import linear
+from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import QTensor
 
 
@@ -167,7 +167,7 @@ def _kernel(view: views.View, module, x: jax.Array, rows) -> tuple[jax.Array, Ke
 
 
 def _linear(_, x: jax.Array, k: Kernel) -> jax.Array:
-    return linear(x, k.w, k.b)
+    return kept(linear(x, k.w, k.b))
 
 
 def _template(path: str) -> str:

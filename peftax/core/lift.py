@@ -18,7 +18,7 @@ from peftax.core import quantization, tree
 from peftax.core.method import Ctx, Kernel, Method, Partition, chain
 from peftax.core.sites import Place, Site
 from peftax.core.targets import Targets
-from peftax.ops.product import linear
+from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import dense
 
 Leaves = dict[str, dict[str, jax.Array]]  # {"trainable": {leaf: array}, "frozen": {leaf: array}}
@@ -43,6 +43,7 @@ def per_kernel(
     adapter: str = "default",
     needs: str = "product",
     exact: Sequence[str] = (),
+    keeps: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Method:
     """Lift functions of one kernel to a method over all sites that `settings` targets.
@@ -62,6 +63,7 @@ def per_kernel(
       draws: call draws random numbers from ctx.key, which then differs from layer to layer.
       adapter: the name under which the leaves lie.
       needs: what call needs of the base: "product", "norms" or "dense".
+      keeps: call says by `ops.product.kept` what remat "dots" keeps for the backward pass; else that is its output.
       exact: leaves that call gets in float32, whatever the kernel's dtype is.
       config: what made this method, kept with its files.
 
@@ -146,7 +148,9 @@ def per_kernel(
     def call_site(leaves, x, k, ctx, where):
         theta, ctx = _enter(leaves, name, adapter, ctx, where)
         y = call(_cast(theta, k.w.dtype, exact), x, k, ctx)
-        return jnp.where(theta["on"], y, linear(x, k.w, k.b)) if "on" in theta else y
+        if "on" in theta:
+            return kept(jnp.where(theta["on"], y, linear(x, k.w, k.b)))
+        return y if keeps else kept(y)
 
     return Method(
         name=name,

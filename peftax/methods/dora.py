@@ -27,7 +27,7 @@ from peftax.core import hf, lift
 from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Patterns, Targets, low_rank
 from peftax.methods import inits
-from peftax.ops.product import last, matmul, narrow
+from peftax.ops.product import kept, last, matmul, narrow
 from peftax.ops.qtensor import dense
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "m": ("out",), "w2": ("out",), "scale": ()}
@@ -72,11 +72,11 @@ def dora(
         a, b, s, w2 = (jax.lax.stop_gradient(theta[n].astype(jnp.float32)) for n in ("a", "b", "scale", "w2"))
         across = matmul(a.T.astype(k.w.dtype), k.w).astype(jnp.float32)
         norm2 = w2 + jnp.sum(b * (2 * s * across + s * s * ((a.T @ a) @ b)), axis=0)
-        return m / jnp.sqrt(norm2)
+        return m * kept(jax.lax.rsqrt(norm2))
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         low = narrow(ctx.drop(x, dropout), theta["a"])
-        y = matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"]
+        y = kept(matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"])  # m's slope needs it, and y is near
         y = y * last(gain(theta, k).astype(y.dtype), y)
         return y if k.b is None else y + last(k.b, y)
 
@@ -95,6 +95,7 @@ def dora(
         draws=dropout > 0,
         adapter=adapter,
         needs="norms",
+        keeps=True,
     )
     return lift.with_base(adapted, target, bias=bias, config=config)
 
@@ -112,7 +113,8 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
 HF = hf.Format(
     peft_type="LORA",
     matches=lambda config: bool(config.get("use_dora")),
-    keys={"linear": {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}},
+    keys=dict.fromkeys(("linear", "conv"), {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}),
+    windows=("a", "b", "m"),
     read=_read,
     write=_write,
 )

@@ -10,7 +10,8 @@
   scale  : []           frozen f32, s
   a0, b0 : as a, b      frozen f32, what moved the base; only where `init` moves it
 
-Identity at init. Trainable per site: rank (in + out), with `freeze_a` rank out, with `b_bias` out more.
+Identity at init. Trainable per site: rank (in + out); with `freeze_a` rank out.
+`b_bias` adds out to that.
 Learning rate: 1e-4 to 1e-3 (paper, appendix D: 1e-4 to 5e-4; "LoRA Without Regret": ten times full fine-tuning's).
 Source: https://arxiv.org/abs/2106.09685, eq. 3; rank_stabilized: https://arxiv.org/abs/2312.03732, eq. 4.
 Departs: dropout acts on x before A, as in microsoft/LoRA and Hugging Face PEFT; the paper has none. On stacked experts
@@ -240,5 +241,6 @@ HF = hf.Format(
     read=_read,
     write=_write,
     settle=_settle,
+    windows=("a", "b"),
     stacks=hf.Stacks(leaves=("a", "b"), pack=_pack, unpack=_unpack, settle=_by_parameter),
 )

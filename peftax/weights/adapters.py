@@ -83,9 +83,17 @@ def load(
             filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
     for key in [k for k in tensors if k.endswith(".base_layer.weight")]:  # an embedding PEFT saved whole
         _replace_base(frozen, key, tensors.pop(key), folder)
+    for head, path in _tied(trainable, sites).items():
+        if np.array_equal(tensors.get(head, ()), filled[path]):
+            del tensors[head]
     if tensors:
         first = sorted(tensors)[0]
         raise ValueError(f"{folder}: {first!r} (of {len(tensors)} left over) has no place in this model")
+    if raw.get("peft_type") == "LORA" and (tied := _tied(trainable, sites)) and not raw.get("ensure_weight_tying"):
+        raise Unsupported(
+            f"{folder}: trains {next(iter(tied.values()))!r} apart from the head that shares it (no "
+            "ensure_weight_tying); here it is one table: untie the base (tie_word_embeddings false, and a head)"
+        )
     values = {path: jnp.asarray(value, trainable[path].dtype) for path, value in filled.items()}
     return method, Partition(tree.unflatten(frozen), tree.unflatten(values)), raw
 
@@ -140,6 +148,9 @@ def save(
                 tensors[key] = own.to_file(value[index])
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     file, written = _config(method, config, sites, base, extra or {}, stacked)
+    if (tied := _tied(trainable, sites)) and "ensure_weight_tying" in written:
+        written["ensure_weight_tying"] = True
+        tensors |= {head: _numbers(trainable[path]) for head, path in tied.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
@@ -167,6 +178,7 @@ class _Slot:
     """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it.
 
     experts: how many kernels its module stacks; 0 where it has one.
+    window:  a convolution's sizes in space.
     """
 
     path: str
@@ -176,6 +188,7 @@ class _Slot:
     leaf: str
     kind: str
     experts: int = 0
+    window: tuple[int, ...] = ()
 
 
 def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites) -> Iterator[_Slot]:
@@ -196,8 +209,10 @@ def _slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites
                 continue
             shape = real_shape(settings, axes, own)
             at = np.unravel_index(layer, place.stack) if place.stack else ()
+            at = (*at, *(slice(n) for n in shape))
             experts = place.stack[-1] if isinstance(place, Site) and place.n_stack else 0
-            yield _Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind, experts)
+            window = place.window if isinstance(place, Site) else ()
+            yield _Slot(path, at, shape, name, last, place.kind, experts, window)
 
 
 def _numbers(leaf: Any) -> np.ndarray:
@@ -221,13 +236,20 @@ def _file_key(slot: _Slot, piece: Method) -> str | None:
     return suffix and f"{PREFIX}{slot.name}.{suffix}"
 
 
-def _turned(shape_or_array: Any, piece: Method) -> Any:
-    """Between the tree's orientation and the file's."""
-    if _form(piece) is None:
-        return shape_or_array
-    if isinstance(shape_or_array, tuple):
-        return shape_or_array[::-1] if len(shape_or_array) == 2 else shape_or_array
-    return shape_or_array.T if shape_or_array.ndim == 2 else shape_or_array
+def _to_file(value: np.ndarray, slot: _Slot, piece: Method) -> np.ndarray:
+    """A leaf as the file has it."""
+    form = _form(piece)
+    if form is not None and slot.window and slot.leaf in form.windows:
+        return hf.to_window(value, piece.axes[slot.leaf], slot.window)
+    return value.T if form is not None and value.ndim == 2 else value
+
+
+def _from_file(tensor: np.ndarray, slot: _Slot, piece: Method) -> np.ndarray:
+    """Its inverse."""
+    form = _form(piece)
+    if form is not None and slot.window and slot.leaf in form.windows:
+        return hf.from_window(tensor, piece.axes[slot.leaf], slot.window)
+    return tensor.T if form is not None and tensor.ndim == 2 else tensor
 
 
 def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[str, np.ndarray]:
@@ -240,7 +262,7 @@ def _pack(layers: hf.Layers, slots, piece: Method, trainable, config) -> dict[st
             slot = slots[name, leaf]
             key = _file_key(slot, piece)
             if key is not None:
-                tensors[key] = _turned(value, piece)
+                tensors[key] = _to_file(value, slot, piece)
             elif slot.path in trainable:
                 kind = form.peft_type if form else piece.name
                 raise Unsupported(f"{slot.path}: {kind} has no file form here for a {slot.kind} site")
@@ -276,7 +298,8 @@ def _unpack(
             raise Unsupported(f"{slot.path}: {form.peft_type} has no file form here for a {slot.kind} site")
         if slot.kind == "shared" and slot.path not in trainable and key not in tensors:
             continue  # the file leaves it to its seed
-        yield slot, _turned(_taken(tensors, key, _turned(slot.shape, piece), folder), piece)
+        shape = _to_file(np.empty(slot.shape, np.void), slot, piece).shape
+        yield slot, _from_file(_taken(tensors, key, shape, folder), slot, piece)
 
 
 def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
@@ -343,7 +366,7 @@ def _stack(tensors: dict[str, np.ndarray], slots: Iterable[_Slot], piece: Method
     modules = _nested(experts)
     for parameter, leaves in experts.items():
         held = {
-            leaf: np.stack([_turned(tensors.pop(_file_key(s, piece)), piece) for s in own])
+            leaf: np.stack([_from_file(tensors.pop(_file_key(s, piece)), s, piece) for s in own])
             for leaf, own in leaves.items()
         }
         tensors |= {f"{modules[parameter]}.{end}": value for end, value in _form(piece).stacks.pack(held).items()}
@@ -373,7 +396,7 @@ def _unstacked(
         unpacked = _form(piece).stacks.unpack(held, shapes, config)
         for leaves, values in zip(found.values(), unpacked, strict=True):
             for leaf, own in leaves.items():
-                tensors |= {_file_key(s, piece): _turned(v, piece) for s, v in zip(own, values[leaf], strict=True)}
+                tensors |= {_file_key(s, piece): _to_file(v, s, piece) for s, v in zip(own, values[leaf], strict=True)}
     return tensors
 
 
@@ -390,6 +413,12 @@ def _whole(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple
         index = (layer,) if stacked.stacked else ()
         shape = leaf.shape[stacked.stacked :]
         yield f"{PREFIX}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
+
+
+def _tied(trainable: Mapping[str, Any], sites: Sites) -> dict[str, str]:
+    """{the name under which PEFT repeats it as the head's: path} of the trained table that a head shares."""
+    heads = [site for site in sites.values() if site.kind == "head" and site.kernel in trainable]
+    return {f"{PREFIX}{head.names[0]}.weight": head.kernel for head in heads}
 
 
 def _is_target(method: Method, name: str, kind: str) -> bool:
@@ -421,6 +450,9 @@ def _config(
         targets = {n for n in targets if n.rpartition(".")[0] not in stacked}
         whole = fields["target_modules"] == hf.BY_NAME
         fields["target_modules"] = sorted(targets if whole else {n.rsplit(".", 1)[-1] for n in targets})
+    for field in [f for f in fields if f.endswith("_pattern") and isinstance(fields[f], Mapping)]:
+        names_here = [n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)]
+        fields[field] = hf.in_any_order(fields[field], [*names_here, *stacked])
     if base is not None or "base_model_name_or_path" not in extra:
         fields["base_model_name_or_path"] = base
     always = {"task_type": "CAUSAL_LM", "revision": None, "auto_mapping": None}

@@ -152,6 +152,20 @@ def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, drawn.frozen["randlora"], again.frozen["randlora"])
 
 
+def test_patterns_mean_the_same_after_a_file_sorted_them(opened, tmp_path):
+    _, params, found = opened
+    patterns = {"rank_pattern": {"q_proj": 3, r"0\..*": 5}, "alpha_pattern": {"v_proj": 2.0, r"1\..*": 9.0}}
+    method = methods.make("lora", rank=2, alpha=6.0, targets=["q_proj", "v_proj"], **patterns)
+    part = method.init(jax.random.key(0), params, found)
+    adapters.save(tmp_path / "a", part, method, found)
+    again, part_again, raw = adapters.load(tmp_path / "a", params, found)
+    assert raw["alpha_pattern"][r"model\.layers\.1\.self_attn\.v_proj"] == 2.0 and len(raw["alpha_pattern"]) == 3
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, part_again.trainable)
+    jax.tree.map(np.testing.assert_array_equal, part.frozen["model"], part_again.frozen["model"])  # the scales
+    adapters.save(tmp_path / "b", part_again, again, found)
+    assert adapters.read_config(tmp_path / "b")[2]["rank_pattern"] == raw["rank_pattern"]
+
+
 # --- stacked experts ------------------------------------------------------------------------------
 
 
