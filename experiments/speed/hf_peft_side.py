@@ -29,7 +29,7 @@ def load(args, told):
         attn_implementation=ATTENTION[args.kind],
     )
     # autocast_adapter_dtype, the default, keeps the adapter in f32 on a bf16 base
-    model = peft.PeftModel.from_pretrained(model, args.inputs / "adapter", is_trainable=True)
+    model = peft.PeftModel.from_pretrained(model, args.inputs / args.adapter, is_trainable=True)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in trained)

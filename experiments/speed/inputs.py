@@ -1,6 +1,6 @@
 """What every contender reads: token batches of real training text, an initial adapter, the base's path.
 
-python -m experiments.speed.inputs FOLDER [--base BASE --rows=4 --length=256 --steps=20]
+python -m experiments.speed.inputs FOLDER [--base BASE --rows=4 --length=256 --steps=20 --methods=lora]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--methods", default="lora", help="an adapter folder each: adapter_NAME, of lora adapter")
     args = parser.parse_args()
     base = setup.open_base(path=args.base or recipe.load(RECIPE).model.path)
     shape = (args.steps, args.rows, args.length + 1)  # one token more: every position has a target
@@ -38,8 +39,10 @@ def main() -> None:
         tokens = np.resize(stream, shape)  # from the start again where the text is too short
     args.folder.mkdir(parents=True, exist_ok=True)
     np.save(args.folder / "tokens.npy", tokens.astype(np.int32))
-    run = setup.start(base, METHOD, seed=0)
-    adapters.save(args.folder / "adapter", run.part, run.method, base.sites)
+    for name in args.methods.split(","):
+        run = setup.start(base, {**METHOD, "name": name}, seed=0)
+        folder = "adapter" if name == METHOD["name"] else f"adapter_{name}"
+        adapters.save(args.folder / folder, run.part, run.method, base.sites)
     (args.folder / "inputs.json").write_text(json.dumps({"base": str(base.path), "rate": RATE}))
 
 

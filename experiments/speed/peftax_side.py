@@ -65,7 +65,7 @@ def trainer(args, told, apply, part):
 
 
 def load(args, told):
-    run = setup.attach(open_base(args, told), args.inputs / "adapter")
+    run = setup.attach(open_base(args, told), args.inputs / args.adapter)
     return trainer(args, told, run.apply, run.part)
 
 

@@ -15,7 +15,7 @@ from peftax.train import setup
 
 def load(args, told):
     base = open_base(args, told)
-    mine = setup.attach(base, args.inputs / "adapter")
+    mine = setup.attach(base, args.inputs / args.adapter)
     config = mine.method.config
     # the tied head is no target, so `head` stays as it is
     provider = qwix.LoraProvider(module_path=r".*_proj", rank=int(config["rank"]), alpha=float(config["alpha"]))

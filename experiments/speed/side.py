@@ -26,6 +26,7 @@ def arguments(**more: Any) -> argparse.Namespace:
     parser.add_argument("inputs", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--adapter", default="adapter", help="its folder, below inputs")
     for name, default in more.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
     return parser.parse_args()

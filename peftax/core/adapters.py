@@ -183,7 +183,11 @@ def _title(method: Method) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it."""
+    """One layer's part of a leaf: where it lies in the tree, and whose it is; name "" where all sites share it.
+
+    experts: how many kernels its module stacks; 0 where it has one.
+    window:  a convolution's sizes in space.
+    """
 
     path: str
     index: tuple
@@ -191,11 +195,17 @@ class Slot:
     name: str
     leaf: str
     kind: str
+    experts: int = 0
+    window: tuple[int, ...] = ()
 
 
 def slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites) -> Iterator[Slot]:
-    """Every layer's part of one method's leaves, without padding; theta: {path: leaf}."""
-    for path, leaf in theta.items():
+    """Every layer's part of one method's leaves, without padding, in the order in which the model calls its sites.
+
+    theta: {path: leaf}.
+    """
+    order = {path: i for i, path in enumerate(sites)}
+    for path, leaf in sorted(theta.items(), key=lambda item: order.get(item[0].rsplit("/", 3)[0], -1)):
         place, own_piece, axes = theta_of(path, method, sites)
         last = path.rsplit("/", 1)[-1]
         if own_piece is not piece or last not in piece.axes:
@@ -208,13 +218,16 @@ def slots(theta: Mapping[str, Any], piece: Method, method: Method, sites: Sites)
 
 def _layers(path: str, leaf: Any, last: str, place: Place, piece: Method, axes) -> Iterator[Slot]:
     own = leaf.shape[len(place.stack) :]
+    experts = place.stack[-1] if isinstance(place, Site) and place.n_stack else 0
+    window = place.window if isinstance(place, Site) else ()
     for layer, name in enumerate(place.names):
         settings = piece.settings(name, place.kind) if piece.settings else {}
         if settings is None:
             continue
         shape = real_shape(settings, axes, own)
         at = np.unravel_index(layer, place.stack) if place.stack else ()
-        yield Slot(path, (*at, *(slice(n) for n in shape)), shape, name, last, place.kind)
+        index = (*at, *(slice(n) for n in shape))
+        yield Slot(path, index, shape, name, last, place.kind, experts, window)
 
 
 def layers(method: Method, part: Partition, sites: Sites) -> dict[str, dict[str, np.ndarray]]:

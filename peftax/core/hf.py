@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from peftax.core.targets import by_pattern
 
 # {Hugging Face module name ("" for what all share): {leaf: one layer's array}}
 Layers = dict[str, dict[str, np.ndarray]]
 
 
 BY_NAME = "by name"  # in place of target_modules: the whole names of all targets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stacks:
+    """How one parameter that stacks the kernels of many experts stands in a file (PEFT's `target_parameters`).
+
+    leaves: the leaves that it holds; experts with others are written one by one.
+    pack:   leaves of all experts [E, ...] -> {suffix: tensor}.
+    unpack: ([{suffix: tensor}] and [leaf -> shape [E, ...]] of all stacks, adapter_config.json) -> [leaves [E, ...]].
+    settle: (keyword arguments, {parameter: the Hugging Face name of one of its experts}) -> keyword arguments that
+            say the same by parameters.
+    """
+
+    leaves: tuple[str, ...]
+    pack: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    unpack: Callable[..., list[dict[str, np.ndarray]]]
+    settle: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
 
 
 class Unsupported(ValueError):
@@ -37,6 +57,9 @@ class Format:
     held:      keyword arguments of what trained -> of what its folder holds, where that is less (P-tuning's network).
     opened:    (the file's tensors, keyword arguments) -> tensors as `keys` names them, where a file may differ.
     closed:    its inverse: tensors as `keys` names them -> the file's.
+    windows:   leaves of a convolution that stand in the file as kernels of its kind: [in, r] as (r, channels, *window),
+               [r, out] as (out, r, 1, ...), [out] as (1, out, 1, ...).
+    stacks:    the form of stacked experts; without it each expert has tensors of its own, which only peftax reads.
     """
 
     peft_type: str
@@ -53,29 +76,46 @@ class Format:
     held: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     opened: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
     closed: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
+    windows: tuple[str, ...] = ()
+    stacks: Stacks | None = None
 
 
 def read_targets(config: Mapping[str, Any]) -> dict[str, Any]:
     """Which modules, as most PEFT types say it."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    layers = None if layers == [] else layers
+    if layers is not None and config.get("layers_pattern"):
+        targets, layers = _numbered(config["layers_pattern"], layers, targets), None
     return {
-        "targets": config["target_modules"],
+        "targets": targets,
         "exclude": config.get("exclude_modules"),
-        "layers": config.get("layers_to_transform"),
+        "layers": layers,
         "modules_to_save": tuple(config.get("modules_to_save") or ()),
     }
+
+
+def _numbered(stacks: Any, numbers: Any, targets: Any) -> str:
+    """A regex for these suffixes below these numbers of these stacks (`layers_pattern`)."""
+    stacks, numbers, targets = ([x] if isinstance(x, str | int) else list(x) for x in (stacks, numbers, targets))
+    where = rf"(?:.*\.)?(?:{'|'.join(stacks)})\.(?:{'|'.join(map(str, numbers))})\."
+    return rf"{where}(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
 
 
 def write_targets(config: Mapping[str, Any], *, known: tuple[str, ...] = ("exclude", "layers")) -> dict[str, Any]:
     """The inverse; known: which choices this PEFT type's config has. Others are spelled out as names."""
     spelled = any(config[key] is not None for key in {"exclude", "layers"} - set(known))
-    fields = {"exclude_modules": config["exclude"], "layers_to_transform": config["layers"]}
+    fields = {
+        "exclude_modules": config["exclude"],
+        "layers_to_transform": config["layers"],
+        "layers_pattern": None,  # a number is the first of its name
+    }
     if spelled:
         fields = dict.fromkeys(fields)
     return {
         "target_modules": BY_NAME if spelled else config["targets"],
         **{f: value for f, value in fields.items() if f.split("_")[0] in known},
         "modules_to_save": list(config["modules_to_save"] or ()) or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": False,  # how torch lays out the base; the adapter's tensors are the same
     }
 
 
@@ -85,3 +125,102 @@ def refuse(config: Mapping[str, Any], fields: Mapping[str, str], instead: str) -
         if config.get(field):
             kind = config["peft_type"]
             raise Unsupported(f"{kind} with {field} ({what}) is not supported; the nearest is {instead}")
+
+
+def to_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
+    """A convolution's leaf [in, r], [r, out] or [out] as PEFT's tensor; its inputs here are (*window, channels)."""
+    n = len(window)
+    if axes[0] == "in":
+        return x.reshape(*window, -1, x.shape[1]).transpose(n + 1, n, *range(n))
+    return x.T.reshape(*x.T.shape, *(1,) * n) if len(axes) == 2 else x.reshape(1, -1, *(1,) * n)
+
+
+def from_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
+    """Its inverse."""
+    n = len(window)
+    if axes[0] == "in":
+        return x.transpose(*range(2, n + 2), 1, 0).reshape(-1, x.shape[0])
+    return x.reshape(x.shape[:2]).T if len(axes) == 2 else x.reshape(-1)
+
+
+def in_any_order(patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """{pattern: value}, of which the first that matches counts, spelled out by name where the order matters.
+
+    A file sorts its fields, so that another pattern might come first there.
+    """
+    names, in_file = list(names), dict(sorted(patterns.items()))
+    values = {name: by_pattern(patterns, name, None) for name in names}
+    if all(by_pattern(in_file, name, None) == value for name, value in values.items()):
+        return dict(patterns)
+    return {re.escape(name): value for name, value in values.items() if value is not None}
+
+
+# --- LORA: one type for many files ----------------------------------------------------------------
+
+LORA_VARIANTS = {  # field of a LORA config -> what it asks for
+    "use_dora": "DoRA",
+    "use_bdlora": "block-diagonal factors",
+    "use_qalora": "pooled inputs of a GPTQ base",
+    "alora_invocation_tokens": "an adapter that begins at certain tokens",
+    "arrow_config": "routing among adapters",
+    "kasa_config": "a truncated base",
+    "velora_config": "compressed activations",
+    "monteclora_config": "sampled factors",
+    "lora_bias": "a bias on B",
+    "target_parameters": "parameters in place of modules",
+    "trainable_token_indices": "rows of the embedding",
+    "layer_replication": "layers that stand several times",
+    "megatron_config": "Megatron's parallel layers",
+}
+LORA_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that move the base
+
+
+def read_lora(config: Mapping[str, Any], *, honours: tuple[str, ...] = (), starts: tuple[str, ...] = ()) -> dict:
+    """What all methods of type LORA read alike.
+
+    honours: which of LORA_VARIANTS the method reads itself.  starts: which of LORA_STARTS it can move the base by.
+
+    Raises Unsupported for every other.
+    """
+    instead = "plain " + ("dora" if "use_dora" in honours else "lora")
+    refuse(config, {f: what for f, what in LORA_VARIANTS.items() if f not in honours}, instead)
+    named = config.get("target_modules") or ()
+    if config.get("ensure_weight_tying") and not config.get("modules_to_save") and not isinstance(named, str):
+        tied = [name for name in named if name.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+        if tied:
+            raise Unsupported(
+                f"LORA with ensure_weight_tying and {tied[0]!r} as a target (factors that table and head share) is not "
+                "supported; the nearest is modules_to_save"
+            )
+    start = str(config.get("init_lora_weights", True))
+    if start not in starts and (start in LORA_STARTS or start.startswith("pissa_niter_")):
+        raise Unsupported(
+            f"LORA with init_lora_weights={start!r} stands on a moved base that its folder does not hold; save it "
+            f"with path_initial_model_for_weight_conversion, as {instead}"
+        )
+    return {
+        **read_targets(config),
+        "rank": config.get("r", 8),
+        "alpha": config.get("lora_alpha", 8),
+        "rank_stabilized": config.get("use_rslora", False),
+        "dropout": config.get("lora_dropout", 0.0),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "bias": config.get("bias", "none"),
+    }
+
+
+def write_lora(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    return {
+        **write_targets(config),
+        "r": config["rank"],
+        "lora_alpha": config["alpha"],
+        "use_rslora": config["rank_stabilized"],
+        "lora_dropout": config["dropout"],
+        "rank_pattern": dict(config["rank_pattern"] or {}),
+        "alpha_pattern": dict(config["alpha_pattern"] or {}),
+        "bias": config["bias"],
+        "init_lora_weights": True,
+        "ensure_weight_tying": False,  # true where a trained table is shared
+    }

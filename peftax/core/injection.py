@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax.core import tree, views
 from peftax.core.method import Ctx, Kernel, Method, parts
 from peftax.core.sites import owner
-from peftax.ops.product import linear
+from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import QTensor
 
 
@@ -102,7 +102,7 @@ def _interceptor(acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, 
         if [m.share for m in methods] in ([None], [1.0]):
             return one(methods[0], where, leaves, x, kernel)
         plain = linear(x, kernel.w, kernel.b)
-        return sum((m.share * (one(m, where, leaves, x, kernel) - plain) for m in methods), start=plain)
+        return kept(sum((m.share * (one(m, where, leaves, x, kernel) - plain) for m in methods), start=plain))
 
     def one(method, where, leaves, x, kernel):
         return method.call(_with_shared(leaves[method.name], shared.get(method.name)), x, kernel, ctx, where)

@@ -18,7 +18,7 @@ from peftax.core import quantization, tree
 from peftax.core.method import Ctx, Kernel, Method, Partition, chain
 from peftax.core.sites import Place, Site
 from peftax.core.targets import Targets
-from peftax.ops.product import linear
+from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import dense
 
 Leaves = dict[str, dict[str, jax.Array]]  # {"trainable": {leaf: array}, "frozen": {leaf: array}}
@@ -45,6 +45,7 @@ def per_kernel(
     needs: str = "product",
     exact: Sequence[str] = (),
     alike: bool = False,
+    keeps: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Method:
     """Lift functions of one kernel to a method over all sites that `settings` targets.
@@ -64,6 +65,7 @@ def per_kernel(
       draws: call draws random numbers from ctx.key, which then differs from layer to layer.
       adapter: the name under which the leaves lie.
       needs: what call needs of the base: "product", "norms" or "dense".
+      keeps: call says by `ops.product.kept` what remat "dots" keeps for the backward pass; else that is its output.
       exact: leaves that call gets in float32, whatever the kernel's dtype is.
       alike: layers of one stack must have the same settings, since zeros that pad a leaf would change what it means.
       config: what made this method, kept with its files.
@@ -151,7 +153,9 @@ def per_kernel(
     def call_site(leaves, x, k, ctx, where):
         theta, ctx = _enter(leaves, adapter, ctx, where)
         y = call(_cast(theta, k.w.dtype, exact), x, k, ctx)
-        return jnp.where(theta["on"], y, linear(x, k.w, k.b)) if "on" in theta else y
+        if "on" in theta:
+            return kept(jnp.where(theta["on"], y, linear(x, k.w, k.b)))
+        return y if keeps else kept(y)
 
     return Method(
         name=name,
@@ -477,6 +481,7 @@ def _why_none(places: Iterable[Place], chosen, targets: Targets | None) -> str:
                 return f"targets match no module; {name} is of kind {place.kind!r} and would have to be {wanted}"
     names = sorted({n for p in places for n in (p.template.replace("/", "."), *p.names)})
     known = sorted({*names, *(n.rpartition(".")[2] for n in names)})
-    wanted = [] if targets is None else [targets.modules] if isinstance(targets.modules, str) else targets.modules
+    modules = () if targets is None else targets.modules or ()
+    wanted = [*([modules] if isinstance(modules, str) else modules), *(targets.parameters if targets else ())]
     near = "; ".join(f"nearest to {w!r}: {tree.nearest(w, known)}" for w in wanted if w != "all-linear")
     return f"targets match no module; {near or 'the model has ' + ', '.join(names[:8])}"

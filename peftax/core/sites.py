@@ -64,6 +64,7 @@ class Site(Place):
     kernel:  the parameter's path, with `scanned` axes in front; seen as [in, out] through (perm, n_in, n_stack).
     bias:    the bias's path, or None.
     n_stack: how many of the permuted axes number the kernels of one module; together they are the last of `stack`.
+    window:  a convolution's sizes in space, which stand before its channels.
     """
 
     kernel: str
@@ -71,6 +72,7 @@ class Site(Place):
     perm: tuple[int, ...]
     n_in: int
     n_stack: int = 0
+    window: tuple[int, ...] = ()
 
     @property
     def scanned(self) -> tuple[int, ...]:
@@ -213,6 +215,7 @@ def find(apply: Callable, params: Any, *args, **kwargs) -> Sites:
             shape=(math.prod(sizes[: view.n_in]), math.prod(sizes[view.n_in :])),
             stacks=above | ({module_path: math.prod(experts)} if experts else {}),
             n_stack=view.n_stack,
+            window=tuple(sizes[: view.n_in - 1]) if view.kind == "conv" else (),
         )
     blocks = {
         path: Block(

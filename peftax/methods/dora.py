@@ -17,7 +17,6 @@ the dropped input, which costs a whole product more and has the same mean.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,9 +25,9 @@ import jax.numpy as jnp
 
 from peftax.core import hf, lift
 from peftax.core.method import Ctx, Kernel, Method
-from peftax.core.targets import Patterns, Targets, by_pattern
+from peftax.core.targets import Patterns, Targets, low_rank
 from peftax.methods import inits
-from peftax.ops.product import last, matmul, narrow
+from peftax.ops.product import kept, last, matmul, narrow
 from peftax.ops.qtensor import dense
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "m": ("out",), "w2": ("out",), "scale": ()}
@@ -57,9 +56,8 @@ def dora(
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:
-        r = by_pattern(rank_pattern, name, rank)
-        alpha_here = by_pattern(alpha_pattern, name, alpha)
-        return {"rank": r, "scale": alpha_here / (math.sqrt(r) if rank_stabilized else r)}
+        patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        return low_rank(name, rank, alpha, rank_stabilized=rank_stabilized, **patterns)
 
     def init(key, k: Kernel, *, rank: int, scale: float):
         a, b = inits.module("kaiming").kaiming(key, k.w, rank, scale)
@@ -74,11 +72,11 @@ def dora(
         a, b, s, w2 = (jax.lax.stop_gradient(theta[n].astype(jnp.float32)) for n in ("a", "b", "scale", "w2"))
         across = matmul(a.T.astype(k.w.dtype), k.w).astype(jnp.float32)
         norm2 = w2 + jnp.sum(b * (2 * s * across + s * s * ((a.T @ a) @ b)), axis=0)
-        return m / jnp.sqrt(norm2)
+        return m * kept(jax.lax.rsqrt(norm2))
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         low = narrow(ctx.drop(x, dropout), theta["a"])
-        y = matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"]
+        y = kept(matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"])  # m's slope needs it, and y is near
         y = y * last(gain(theta, k).astype(y.dtype), y)
         return y if k.b is None else y + last(k.b, y)
 
@@ -97,51 +95,26 @@ def dora(
         draws=dropout > 0,
         adapter=adapter,
         needs="norms",
+        keeps=True,
     )
     return lift.with_base(adapted, target, bias=bias, config=config)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    other = {k: v for k, v in config.items() if k.startswith("use_") and k not in ("use_dora", "use_rslora")}
-    fields = (*other, "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "layer_replication")
-    hf.refuse(config, dict.fromkeys(fields, "besides use_dora"), "plain dora")
-    if config.get("init_lora_weights", True) in ("pissa", "olora", "corda", "loftq", "lora_ga"):
-        raise hf.Unsupported(
-            f"LORA with use_dora and init_lora_weights={config['init_lora_weights']!r} stands on a moved base; the "
-            "nearest is plain dora"
-        )
-    bias = config.get("bias", "none")
-    return {
-        **hf.read_targets(config),
-        "rank": config.get("r", 8),
-        "alpha": config.get("lora_alpha", 8),
-        "rank_stabilized": config.get("use_rslora", False),
-        "dropout": config.get("lora_dropout", 0.0),
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
-        "bias": "dora_only" if bias == "lora_only" else bias,
-    }
+    settings = hf.read_lora(config, honours=("use_dora",))
+    return {**settings, "bias": settings["bias"].replace("lora_only", "dora_only")}
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **hf.write_targets(config),
-        "r": config["rank"],
-        "lora_alpha": config["alpha"],
-        "use_rslora": config["rank_stabilized"],
-        "use_dora": True,
-        "lora_dropout": config["dropout"],
-        "rank_pattern": dict(config["rank_pattern"] or {}),
-        "alpha_pattern": dict(config["alpha_pattern"] or {}),
-        "bias": "lora_only" if config["bias"] == "dora_only" else config["bias"],
-        "init_lora_weights": True,
-    }
+    fields = hf.write_lora(config)
+    return {**fields, "use_dora": True, "bias": fields["bias"].replace("dora_only", "lora_only")}
 
 
 HF = hf.Format(
     peft_type="LORA",
     matches=lambda config: bool(config.get("use_dora")),
-    keys={"linear": {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}},
+    keys=dict.fromkeys(("linear", "conv"), {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}),
+    windows=("a", "b", "m"),
     read=_read,
     write=_write,
 )

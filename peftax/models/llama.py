@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from peftax.ops.attention import Where, attention, visible
+from peftax.ops.product import kept
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ACTIVATIONS = {
@@ -190,13 +190,18 @@ def rotate(x_BxTxNxH: jax.Array, cos_BxTxH2: jax.Array, sin_BxTxH2: jax.Array) -
     return out.astype(x_BxTxNxH.dtype)
 
 
-def linear(c: Config, features: int, bias: bool, name: str | None = None) -> nn.Dense:
-    return nn.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+def linear(c: Config, features: int, bias: bool, name: str | None = None, dot: Callable | None = None) -> nn.Dense:
+    more = {"use_bias": bias, "dtype": c.dtype, "param_dtype": c.param_dtype, "dot_general": dot}
+    return nn.Dense(features, name=name, **more)
 
 
 def product(c: Config, features: int, bias: bool, name: str, x: jax.Array) -> jax.Array:
-    """A linear layer's output, named so that remat "dots" can keep it."""
-    return checkpoint_name(linear(c, features, bias, name)(x), "product")
+    """A linear layer whose product remat "dots" can keep; what stands in its place names what it wants kept."""
+    return linear(c, features, bias, name, _kept_dot)(x)
+
+
+def _kept_dot(*args, **more) -> jax.Array:
+    return kept(jax.lax.dot_general(*args, **more))
 
 
 def norm(c: Config, name: str | None = None) -> nn.RMSNorm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from peftax.ops import quantized
 from peftax.ops.qtensor import QTensor
@@ -37,6 +38,11 @@ def linear(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
     """matmul(x, w) + b, with b [N] or None."""
     y = matmul(x, w)
     return y if b is None else y + last(b, y)
+
+
+def kept(y: jax.Array) -> jax.Array:
+    """y, named so that a backbone's remat "dots" keeps it for the backward pass."""
+    return checkpoint_name(y, "product")
 
 
 def _contract(x: jax.Array, y: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:

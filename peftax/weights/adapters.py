@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def load(
         if form is not None and form.opened is not None:
             tensors = form.opened(tensors, method.config)
         slots = list(slots_of(theta, piece, method, sites))
+        tensors = _unstacked(tensors, slots, piece, form, raw, folder)
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece, form)]
         for slot, value in _unpack(tensors, wanted, piece, form, trainable, method.config, folder):
             if slot.path in trainable:
@@ -92,10 +93,18 @@ def load(
             continue
         for key, index, own in _whole(path, leaf, method, sites):
             filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
+    for head, path in _tied(trainable, sites).items():
+        if np.array_equal(tensors.get(head, ()), filled[path]):
+            del tensors[head]
     _replace_tables(frozen, tensors, sites, folder)
     if tensors:
         first = sorted(tensors)[0]
         raise ValueError(f"{folder}: {first!r} (of {len(tensors)} left over) has no place in this model")
+    if raw.get("peft_type") == "LORA" and (tied := _tied(trainable, sites)) and not raw.get("ensure_weight_tying"):
+        raise Unsupported(
+            f"{folder}: trains {next(iter(tied.values()))!r} apart from the head that shares it (no "
+            "ensure_weight_tying); here it is one table: untie the base (tie_word_embeddings false, and a head)"
+        )
     values = {path: jnp.asarray(value, trainable[path].dtype) for path, value in filled.items()}
     return method, Partition(tree.unflatten(frozen), tree.unflatten(values)), raw
 
@@ -164,6 +173,7 @@ def _write(
     frozen, trainable = (tree.flatten(half) for half in part)
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
     tensors, config = {}, {k: v for k, v in method.config.items() if k != "adapter"}
+    stacked: dict[str, str] = {}
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -182,6 +192,7 @@ def _write(
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
         tensors |= _pack(layers, slots, piece, form, trainable, config)
+        stacked |= _stack(tensors, slots.values(), piece, form)
         if form is not None and form.closed is not None:
             tensors = form.closed(tensors, config)
         tensors |= {copy: tensors[key] for key, copy in _copies(piece, form, sites, written=True)}
@@ -193,7 +204,10 @@ def _write(
     for path, others in grown.items():
         tensors |= _table(path, others, frozen, method, sites)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    file, written = _config(method, config, sites, base, extra)
+    file, written = _config(method, config, sites, base, extra, stacked)
+    if (tied := _tied(trainable, sites)) and "ensure_weight_tying" in written:
+        written["ensure_weight_tying"] = True
+        tensors |= {head: _numbers(trainable[path]) for head, path in tied.items()}
     save_file(tensors, new / TENSORS, metadata={"format": "pt"})
     _write_json(new / file, written)
     (new / TENSORS).chmod((new / file).stat().st_mode)
@@ -250,7 +264,7 @@ def _form(piece: Method, method: Method) -> hf.Format | None:
     if piece.name in methods.names():
         return getattr(methods.module(piece.name), "HF", None)
     form = getattr(methods.module(method.name), "HF", None)
-    own = ("settle", "pack", "unpack", "opened", "closed")  # of the method's own leaves
+    own = ("settle", "pack", "unpack", "opened", "closed", "stacks")  # of the method's own leaves
     return form and dataclasses.replace(form, inside="", **dict.fromkeys(own))
 
 
@@ -264,13 +278,18 @@ def _file_key(slot: Slot, piece: Method, form: hf.Format | None) -> str | None:
     return suffix and f"{PREFIX}{slot.name}.{suffix}"
 
 
-def _turned(shape_or_array: Any, leaf: str, form: hf.Format | None) -> Any:
-    """Between the tree's orientation and the file's."""
-    if form is None or leaf in form.straight:
-        return shape_or_array
-    if isinstance(shape_or_array, tuple):
-        return shape_or_array[::-1] if len(shape_or_array) == 2 else shape_or_array
-    return shape_or_array.T if shape_or_array.ndim == 2 else shape_or_array
+def _to_file(value: np.ndarray, slot: Slot, piece: Method, form: hf.Format | None) -> np.ndarray:
+    """A leaf as the file has it."""
+    if form is not None and slot.window and slot.leaf in form.windows:
+        return hf.to_window(value, piece.axes[slot.leaf], slot.window)
+    return value if form is None or slot.leaf in form.straight or value.ndim != 2 else value.T
+
+
+def _from_file(tensor: np.ndarray, slot: Slot, piece: Method, form: hf.Format | None) -> np.ndarray:
+    """Its inverse."""
+    if form is not None and slot.window and slot.leaf in form.windows:
+        return hf.from_window(tensor, piece.axes[slot.leaf], slot.window)
+    return tensor if form is None or slot.leaf in form.straight or tensor.ndim != 2 else tensor.T
 
 
 def _pack(layers: hf.Layers, slots, piece: Method, form, trainable, config) -> dict[str, np.ndarray]:
@@ -282,7 +301,7 @@ def _pack(layers: hf.Layers, slots, piece: Method, form, trainable, config) -> d
             slot = slots[name, leaf]
             key = _file_key(slot, piece, form)
             if key is not None:
-                tensors[key] = _turned(value, leaf, form)
+                tensors[key] = _to_file(value, slot, piece, form)
             elif slot.path in trainable:
                 kind = form.peft_type if form else piece.name
                 raise Unsupported(f"{slot.path}: {kind} has no file form here for a {slot.kind} site")
@@ -317,8 +336,8 @@ def _unpack(
             raise Unsupported(f"{slot.path}: {form.peft_type} has no file form here for a {slot.kind} site")
         if slot.kind == "shared" and slot.path not in trainable and key not in tensors:
             continue  # the file leaves it to its seed
-        shape = _turned(slot.shape, slot.leaf, form)
-        yield slot, _turned(_taken(tensors, key, shape, folder), slot.leaf, form)
+        shape = _to_file(np.empty(slot.shape, np.void), slot, piece, form).shape
+        yield slot, _from_file(_taken(tensors, key, shape, folder), slot, piece, form)
 
 
 def _copies(piece: Method, form: hf.Format | None, sites: Sites, *, written: bool = False) -> Iterator[tuple[str, str]]:
@@ -348,6 +367,97 @@ def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], fol
     return tensor
 
 
+# --- experts in one parameter ---------------------------------------------------------------------
+
+
+def _experts(slots: Iterable[Slot], piece: Method, form: hf.Format | None) -> dict[str, dict[str, list[Slot]]]:
+    """{stacked parameter: {leaf: the slots of all its experts}} of those stacks that are targets whole and alike."""
+    found: dict[str, dict[str, list[Slot]]] = {}
+    if form is None or form.stacks is None or piece.settings is None:
+        return {}
+    for slot in slots:
+        if slot.experts and _file_key(slot, piece, form):
+            found.setdefault(slot.name.rpartition(".")[0], {}).setdefault(slot.leaf, []).append(slot)
+
+    def alike(own: list[Slot]) -> bool:
+        settings = [piece.settings(s.name, s.kind) for s in own]
+        return len(own) == own[0].experts and all(s == settings[0] for s in settings)
+
+    held = set(form.stacks.leaves)
+    return {p: leaves for p, leaves in found.items() if set(leaves) == held and all(map(alike, leaves.values()))}
+
+
+def _nested(parameters: Iterable[str]) -> dict[str, str]:
+    """parameter -> the module in the file that holds its tensors: of one module's parameters each wraps the former."""
+    holders: dict[str, list[str]] = {}
+    for parameter in parameters:
+        holders.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    return {
+        parameter: (PREFIX + holder).rstrip(".") + ".base_layer" * depth
+        for holder, held in holders.items()
+        for depth, parameter in enumerate(reversed(held))
+    }
+
+
+def _stack(
+    tensors: dict[str, np.ndarray], slots: Iterable[Slot], piece: Method, form: hf.Format | None
+) -> dict[str, str]:
+    """Put experts' tensors together, in place; {parameter: one of its experts' names}."""
+    slots = list(slots)
+    experts = _experts(slots, piece, form)
+    alone = [s.name for s in slots if s.experts and s.name.rpartition(".")[0] not in experts]
+    if alone:
+        logging.warning(
+            "%s: %r stands for itself, since its stack's experts are not all adapted alike; Hugging Face PEFT does not "
+            "read it",
+            piece.name,
+            alone[0],
+        )
+    modules = _nested(experts)
+    for parameter, leaves in experts.items():
+        held = {
+            leaf: np.stack([_from_file(tensors.pop(_file_key(s, piece, form)), s, piece, form) for s in own])
+            for leaf, own in leaves.items()
+        }
+        tensors |= {f"{modules[parameter]}.{end}": value for end, value in form.stacks.pack(held).items()}
+    return {parameter: next(iter(leaves.values()))[0].name for parameter, leaves in experts.items()}
+
+
+def _unstacked(
+    tensors: Mapping[str, np.ndarray],
+    slots: Iterable[Slot],
+    piece: Method,
+    form: hf.Format | None,
+    config: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, np.ndarray]:
+    """The file's tensors with those of stacked experts one by one."""
+    tensors, experts = dict(tensors), _experts(slots, piece, form)
+    found = {  # what is written one by one stays
+        module: experts[parameter]
+        for parameter, module in _nested(experts).items()
+        if not any(_file_key(s, piece, form) in tensors for own in experts[parameter].values() for s in own)
+    }
+    held, shapes = [], []
+    for module, leaves in found.items():
+        zeros = {leaf: np.zeros((len(own), *own[0].shape), np.float32) for leaf, own in leaves.items()}
+        keys = {end: f"{module}.{end}" for end in form.stacks.pack(zeros)}
+        if missing := [key for key in keys.values() if key not in tensors]:
+            near = tree.nearest(missing[0], tensors, 1)
+            raise ValueError(f"{folder}: holds no tensor {missing[0]!r}; the nearest: {near}")
+        held.append({end: tensors.pop(key) for end, key in keys.items()})
+        shapes.append({leaf: value.shape for leaf, value in zeros.items()})
+    if found:
+        unpacked = form.stacks.unpack(held, shapes, config)
+        for leaves, values in zip(found.values(), unpacked, strict=True):
+            for leaf, own in leaves.items():
+                tensors |= {
+                    _file_key(s, piece, form): _to_file(v, s, piece, form)
+                    for s, v in zip(own, values[leaf], strict=True)
+                }
+    return tensors
+
+
 # --- whole leaves of the base ---------------------------------------------------------------------
 
 
@@ -369,6 +479,12 @@ def _holder(path: str, method: Method, sites: Sites) -> Method:
     """The part that trains this leaf of the base."""
     name = sites.names(path)[0]
     return next(m for m in parts(method) if m.chosen and m.chosen(name))
+
+
+def _tied(trainable: Mapping[str, Any], sites: Sites) -> dict[str, str]:
+    """{the name under which PEFT repeats it as the head's: path} of the trained table that a head shares."""
+    heads = [site for site in sites.values() if site.kind == "head" and site.kernel in trainable]
+    return {f"{PREFIX}{head.names[0]}.weight": head.kernel for head in heads}
 
 
 def _is_target(method: Method, name: str, kind: str) -> bool:
@@ -413,16 +529,27 @@ def _replace_tables(frozen: dict[str, Any], tensors: dict[str, np.ndarray], site
             frozen[site.kernel] = jnp.asarray(leaf.to_tree(tensor), frozen[site.kernel].dtype)
 
 
-def _config(method: Method, own: Mapping[str, Any], sites: Sites, base, extra) -> tuple[str, dict[str, Any]]:
+def _config(
+    method: Method, own: Mapping[str, Any], sites: Sites, base, extra, stacked: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """(file name, its JSON); stacked: parameter -> one of its experts, for those that stand in the file as one."""
     form = _form(method, method)
     if form is None:
         there = extra.get("base_model_name_or_path") if base is None else base
         return OWN_CONFIG, {**extra, "method": method.name, "config": dict(own), "base_model_name_or_path": there}
+    if stacked:
+        own = form.stacks.settle(own, stacked)
     fields = form.write(own)
+    if stacked and fields["target_modules"]:  # a pattern that reached a stack would meet its module in PEFT
+        fields["target_modules"] = hf.BY_NAME
     if fields.get("target_modules") in ("all-linear", hf.BY_NAME):  # other readers know only names
         targets = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
+        targets = {n for n in targets if n.rpartition(".")[0] not in stacked}
         whole = fields["target_modules"] == hf.BY_NAME
         fields["target_modules"] = sorted(targets if whole else {n.rsplit(".", 1)[-1] for n in targets})
+    for field in [f for f in fields if f.endswith("_pattern") and isinstance(fields[f], Mapping)]:
+        names_here = [n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)]
+        fields[field] = hf.in_any_order(fields[field], [*names_here, *stacked])
     if base is not None or "base_model_name_or_path" not in extra:
         fields["base_model_name_or_path"] = base
     always = {"task_type": "CAUSAL_LM", "revision": None, "auto_mapping": None}

@@ -29,10 +29,24 @@ def hits(kind="linear", **settings):
         ({"modules": ["q_proj", "up_proj", "lm_head"], "layers": [0, 11]}, [Q]),
         ({"modules": "all-linear", "layers": (1,)}, [UP]),
         ({"modules": ["q_proj"], "layers": [1]}, []),
+        ({"modules": None, "parameters": ["q_proj.weight"]}, [Q]),
+        ({"modules": ["lm_head"], "parameters": ["mlp.up_proj.weight"], "exclude": ["up_proj"]}, [UP, HEAD]),
+        ({"modules": None, "parameters": ["q_proj"]}, []),  # a module is no parameter
+        ({"modules": None, "parameters": ["q_proj.weight"], "whole": ["q_proj"]}, []),
     ],
 )
 def test_match(settings, expected):
     assert hits(**settings) == expected
+
+
+def test_a_stack_of_experts_is_one_parameter():
+    target = Targets(modules=None, parameters=["experts.down_proj"])
+    assert target.match("layers.0.experts.down_proj.3", "linear")
+    assert target.parameter("layers.0.experts.down_proj.3") == "layers.0.experts.down_proj"
+    assert not target.match("layers.0.experts.down_proj.3", "embed")
+    assert not target.match("layers.0.experts.3.down_proj", "linear")  # a module of its own
+    with pytest.raises(ValueError, match="'experts' is one string"):
+        Targets(modules=None, parameters="experts")
 
 
 @pytest.mark.parametrize("kind", ["embed", "head", "conv"])

@@ -1,10 +1,14 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peftax.core import injection, tree
 from peftax.core.method import Ctx, Kernel
 from peftax.methods.dora import dora
+from peftax.methods.lora import lora
 from tests.methods import hand, tiny
 
 
@@ -64,3 +68,22 @@ def test_needs_norms():
     with pytest.raises(ValueError, match="dora_only"):
         dora(bias="lora_only")
     assert tiny.found()
+
+
+def test_the_backward_pass_makes_no_product_of_the_kernel_again():
+    """m's slope needs the products before their gain: remat "dots" keeps those in place of the outputs."""
+
+    def products(method):
+        model = tiny.model(remat="dots")
+        part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, tiny.found()), tiny.params())
+        batch = tiny.batch()
+
+        def total(trainable, frozen):
+            apply = injection.inject(model.apply, method)
+            params = {"params": tree.merge(frozen, trainable)}
+            return apply(params, batch["tokens"], batch["positions"], batch["segment_ids"]).sum()
+
+        text = str(jax.make_jaxpr(jax.grad(total))(part.trainable, part.frozen))
+        return len(re.findall(r"f32\[\d+,\d+,(?:20|24|40|41)\] = dot_general", text))
+
+    assert products(dora(rank=2, targets="all-linear")) == products(lora(rank=2, targets="all-linear")) > 0

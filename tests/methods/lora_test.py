@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from peftax.core import hf, injection, sites, tree
+from peftax.core import targets as target
 from peftax.core.method import Ctx
 from peftax.methods import lora as file
 from peftax.methods.lora import lora
@@ -218,9 +219,51 @@ def test_config_there_and_back():
     assert same == []
 
 
-def test_what_is_not_plain_lora():
-    with pytest.raises(hf.Unsupported, match="use_bdlora.*nearest"):
-        file.HF.read({"peft_type": "LORA", "target_modules": ["q_proj"], "use_bdlora": {"nblocks": 2}})
-    with pytest.raises(hf.Unsupported, match="corda.*moved base"):
-        file.HF.read({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "corda"})
+@pytest.mark.parametrize(
+    "field", [f for f in hf.LORA_VARIANTS if f not in ("lora_bias", "target_parameters", "use_dora")]
+)
+def test_a_field_that_asks_for_another_method_is_refused(field):
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    assert file.HF.read({**config, field: None}) == file.HF.read({**config, field: False})
+    with pytest.raises(hf.Unsupported, match=rf"LORA with {field} \(.*\) is not supported; the nearest is plain lora"):
+        file.HF.read({**config, field: {"any": 1}})
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "pissa_niter_4"])
+def test_a_base_that_its_folder_does_not_hold_is_refused(start):
+    with pytest.raises(hf.Unsupported, match=f"'{start}' stands on a moved base.*path_initial_model"):
+        file.HF.read({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": start})
+
+
+def test_dora_has_a_format_of_its_own():
     assert not file.HF.matches({"use_dora": True})
+
+
+def test_numbers_of_a_pattern_of_layers():
+    """`layers_pattern` says after which part the number stands; without it the first counts."""
+    config = {"peft_type": "LORA", "target_modules": ["up", "x.down"], "layers_to_transform": [1, 3]}
+    match = target.Targets(modules=file.HF.read({**config, "layers_pattern": ["experts", "h"]})["targets"]).match
+    assert match("layers.0.experts.1.up", "linear") and match("h.3.x.down", "linear")
+    assert not match("layers.1.experts.0.up", "linear") and not match("h.3.down", "linear")
+    assert file.HF.read({**config, "layers_to_transform": []})["layers"] is None
+
+
+def test_a_bias_on_b():
+    """Trains, scales as the update does, and folds into the module's own."""
+    model, x = nn.Sequential([nn.Dense(3)]), jnp.array([[1.0, 2.0]])
+    params = {"layers_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    method = lora(rank=1, alpha=4.0, targets=["layers_0"], b_bias=True)
+    found = sites.find(model.apply, params, x)
+    frozen, trainable = method.init(jax.random.key(0), params, found)
+    trainable["layers_0"]["lora"]["default"]["c"] = jnp.array([1.0, 0.0, -2.0])
+    merged = tree.merge(frozen, trainable)
+    assert injection.inject(model.apply, method)({"params": merged}, x).tolist() == [[4.0 + 4.0, 4.0, 4.0 - 8.0]]
+    assert method.fold(merged, found)["layers_0"]["bias"].tolist() == [5.0, 1.0, -7.0]
+    assert sites.count(method, params, found)["trainable"] == 2 + 3 + 3
+    with pytest.raises(ValueError, match="has no place for B's"):
+        method.fold({"layers_0": {k: v for k, v in merged["layers_0"].items() if k != "bias"}}, _without_bias(x))
+
+
+def _without_bias(x):
+    model = nn.Sequential([nn.Dense(3, use_bias=False)])
+    return sites.find(model.apply, {"layers_0": {"kernel": jnp.ones((2, 3))}}, x)

@@ -46,7 +46,15 @@ def test_losses_agree(folder, dtype):
     """20 steps; in nf4 from weights that each library packs itself, to the same bytes."""
     told = {"base": str(folder / "base"), "rate": inputs.RATE}
     args = argparse.Namespace(
-        inputs=folder, dtype=dtype, scan=1, remat="dots", chunk=128, kind="sdpa", autocast=0, threads=1
+        inputs=folder,
+        dtype=dtype,
+        scan=1,
+        remat="dots",
+        chunk=128,
+        kind="sdpa",
+        autocast=0,
+        threads=1,
+        adapter="adapter",
     )
     loads = {"peftax": peftax_side.load, "HF PEFT": hf_peft_side.load}
     if importlib.util.find_spec("qwix") and dtype == "float32":

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from peftax import methods, models, weights
 from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
-from peftax.core.method import Ctx
+from peftax.core.method import Ctx, Partition
 from peftax.weights import adapters, verification
+from tests.core import toys
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -209,3 +210,79 @@ def test_a_head_that_is_not_tied_is_read_where_peft_saved_it_whole(opened, copy)
     _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((3, 64), np.float32)}))
     with pytest.raises(ValueError, match="fits no table of this base"):
         adapters.load(copy, params, found)
+
+
+def test_patterns_mean_the_same_after_a_file_sorted_them(opened, tmp_path):
+    _, params, found = opened
+    patterns = {"rank_pattern": {"q_proj": 3, r"0\..*": 5}, "alpha_pattern": {"v_proj": 2.0, r"1\..*": 9.0}}
+    method = methods.make("lora", rank=2, alpha=6.0, targets=["q_proj", "v_proj"], **patterns)
+    part = method.init(jax.random.key(0), params, found)
+    adapters.save(tmp_path / "a", part, method, found)
+    again, part_again, raw = adapters.load(tmp_path / "a", params, found)
+    assert raw["alpha_pattern"][r"model\.layers\.1\.self_attn\.v_proj"] == 2.0 and len(raw["alpha_pattern"]) == 3
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, part_again.trainable)
+    jax.tree.map(np.testing.assert_array_equal, part.frozen["model"], part_again.frozen["model"])  # the scales
+    adapters.save(tmp_path / "b", part_again, again, found)
+    assert adapters.read_config(tmp_path / "b")[2]["rank_pattern"] == raw["rank_pattern"]
+
+
+# --- stacked experts ------------------------------------------------------------------------------
+
+
+def _experts(tmp_path, **settings):
+    """(an adapter of random values on the toy bank, its sites, the folder it is saved in)."""
+    _, params, _, found = toys.found("bank")
+    method = methods.make("lora", **{"rank": 2, "targets": None, **settings})
+    frozen, trainable = toys.start(method, params, found)
+    part = Partition(frozen, toys.perturb(trainable))
+    return part, found, adapters.save(tmp_path / "experts", part, method, found)
+
+
+def test_stacked_experts_are_one_parameter(tmp_path):
+    """Of one module's parameters the first is innermost; lora_A goes expert by expert, lora_B rank by rank."""
+    part, found, folder = _experts(tmp_path, parameters=["experts.up", "down"], rank_pattern={"experts.down": 3})
+    tensors = load_file(folder / adapters.TENSORS)
+    at = "base_model.model.block.experts"
+    assert {k.removeprefix(at): v.shape for k, v in tensors.items()} == {
+        ".base_layer.lora_A.weight": (4 * 2, 6),
+        ".base_layer.lora_B.weight": (5, 2 * 4),
+        ".lora_A.weight": (4 * 3, 5),
+        ".lora_B.weight": (6, 3 * 4),
+    }
+    own = part.trainable["block"]["experts"]["up"]["lora"]["default"]
+    np.testing.assert_array_equal(tensors[f"{at}.base_layer.lora_A.weight"][2 * 3 + 1], own["a"][3, :, 1])
+    np.testing.assert_array_equal(tensors[f"{at}.base_layer.lora_B.weight"][:, 4 * 1 + 3], own["b"][3, 1])
+    _, again, raw = adapters.load(folder, toys.found("bank")[1], found)
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, again.trainable)
+    assert raw["target_modules"] == [] and raw["target_parameters"] == ["experts.up", "down"]
+
+
+def test_experts_that_modules_name_are_written_as_parameters(tmp_path):
+    """A pattern that reached them would meet their module in PEFT, which has no dropout there."""
+    settings = {"rank_pattern": {r"up\.\d": 3}, "dropout": 0.1}
+    part, found, folder = _experts(tmp_path, targets="all-linear", **settings)
+    raw = json.loads((folder / adapters.PEFT_CONFIG).read_text())
+    assert raw["target_modules"] == ["block.router"] and raw["lora_dropout"] == 0.0
+    assert raw["target_parameters"] == ["block.experts.up", "block.experts.down"]
+    assert raw["rank_pattern"][r"block\.experts\.up"] == 3
+    _, again, _ = adapters.load(folder, toys.found("bank")[1], found)
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, again.trainable)
+
+
+@pytest.mark.parametrize("settings", [{"targets": r".*up\.[13]"}, {"targets": r".*up\.\d", "b_bias": True}])
+def test_experts_that_no_parameter_can_say_are_written_one_by_one(tmp_path, settings):
+    part, found, folder = _experts(tmp_path, **settings)
+    assert "base_model.model.block.experts.up.3.lora_A.weight" in load_file(folder / adapters.TENSORS)
+    method, again, _ = adapters.load(folder, toys.found("bank")[1], found)
+    ours = toys.fold(method, tree.merge(*again), found)
+    jax.tree.map(np.testing.assert_array_equal, ours, toys.fold(method, tree.merge(*part), found))
+
+
+def test_experts_of_another_shape(tmp_path):
+    _, found, folder = _experts(tmp_path, parameters=["experts.up"])
+    _edit(folder, lambda t: t.update({k: v[:-1] for k, v in t.items() if "lora_A" in k}))
+    with pytest.raises(ValueError, match=r"lora_A \(7, 6\).*do not fit 4 experts \[6, 5\] of rank 2.*\(8, 6\)"):
+        adapters.load(folder, toys.found("bank")[1], found)
+    _edit(folder, lambda t: [t.pop(k) for k in list(t) if "lora_A" in k])
+    with pytest.raises(ValueError, match=r"holds no tensor 'base_model\.model\.block\.experts\.lora_A\.weight'"):
+        adapters.load(folder, toys.found("bank")[1], found)
