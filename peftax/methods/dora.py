@@ -70,7 +70,8 @@ def dora(
     def gain(theta, k: Kernel):
         m = theta["m"].astype(jnp.float32)
         a, b, s, w2 = (jax.lax.stop_gradient(theta[n].astype(jnp.float32)) for n in ("a", "b", "scale", "w2"))
-        across = matmul(a.T.astype(k.w.dtype), k.w).astype(jnp.float32)
+        turned = jax.lax.optimization_barrier(a.T.astype(k.w.dtype))  # XLA on a CPU has no bf16 product of its turn
+        across = matmul(turned, k.w).astype(jnp.float32)
         norm2 = w2 + jnp.sum(b * (2 * s * across + s * s * ((a.T @ a) @ b)), axis=0)
         return m * kept(jax.lax.rsqrt(norm2))
 
