@@ -89,5 +89,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = 1  # devices that share the batch, each with all weights
     config.mesh.fsdp = -1  # devices that share batch and weights; -1: all that are left
+    config.mesh.tensor = 1  # devices that share each product: columns of most kernels, rows of o_proj and down_proj
     config.mesh.rules = ()  # ((regex on a parameter's path, its PartitionSpec as a tuple), ...): the first match wins
     return config

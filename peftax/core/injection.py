@@ -17,9 +17,16 @@ from peftax.core.method import Ctx, Kernel, Method, parts
 from peftax.core.sites import owner
 from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import QTensor
+from peftax.ops.quantized import fits, row_axes
 
 
-def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None) -> Callable:
+def inject(
+    apply: Callable,
+    method: Method,
+    *,
+    rows: NamedSharding | None = None,
+    specs: Mapping[str, PartitionSpec] | None = None,
+) -> Callable:
     """`apply` that sees the method's leaves, and packed kernels, targeted or not.
 
     It takes apply's arguments, and `ctx`: a Ctx with a dropout key when training. Call it inside
@@ -28,6 +35,8 @@ def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None
     Args:
       rows: where the rows of a batch lie on a mesh. What goes into and comes out of every site is
         held there; else XLA may gather the batch where it should gather a weight.
+      specs: {path: how a packed kernel lies there}, all its axes named (`sharding.base_specs`); axes that rows are
+        not split over stay split in its products.
 
     Adapters that the tree holds under other names do nothing: which one acts is what `method` says.
 
@@ -49,7 +58,7 @@ def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None
         reached: set[str] = set()
 
         def run(args, kwargs, ctx):
-            with nn.intercept_methods(_interceptor(acting, shared, ctx, rows, reached)):
+            with nn.intercept_methods(_interceptor(acting, shared, ctx, rows, specs or {}, reached)):
                 return apply(variables, *args, **kwargs)
 
         for part in reversed(parts(method)):
@@ -67,7 +76,9 @@ def inject(apply: Callable, method: Method, *, rows: NamedSharding | None = None
     return injected
 
 
-def _interceptor(acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, rows, reached: set[str]):
+def _interceptor(
+    acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, rows, specs: Mapping, reached: set[str]
+):
     callers: list[nn.Module] = []
     on_kernels = [m for m in acting if m.on == "kernel"]
     on_blocks = [m for m in acting if m.on == "block"]
@@ -91,7 +102,7 @@ def _interceptor(acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, 
         call_args = (_hold(call_args[0], held), *call_args[1:])
         if not found and not isinstance(module.variables.get("params", {}).get(view.kernel), QTensor):
             return _hold(enter(module, next_fun, call_args, call_kwargs), held)
-        x, kernel = _kernel(view, module, call_args[0], held)
+        x, kernel = _kernel(view, module, call_args[0], held, specs)
         reached.update(_leaf(path, m) for m, _ in found)
         leaves = {m.name: own for m, own in found}
         call = functools.partial(at_site, [m for m, _ in found], _template(path))
@@ -163,14 +174,14 @@ def _with_shared(leaves, shared):
 
 
 def _hold(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
-    """x with its first axis split as a batch's rows, where they divide it."""
-    if rows is None or x.ndim < 2 or x.shape[0] % rows.num_devices:
+    """x with its first axis split as a batch's rows, where they divide it; of its others the compiler decides."""
+    if rows is None or not fits(rows, x):
         return x
-    spec = PartitionSpec(*rows.spec, *(None,) * (x.ndim - len(rows.spec)))
+    spec = PartitionSpec(row_axes(rows), *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
 
 
-def _kernel(view: views.View, module, x: jax.Array, rows) -> tuple[jax.Array, Kernel]:
+def _kernel(view: views.View, module, x: jax.Array, rows, specs: Mapping) -> tuple[jax.Array, Kernel]:
     """The call's x as the view's rows, and the module's kernel and bias, in the dtype of their product."""
     params = module.variables["params"]
     w = view.matrix(params[view.kernel])
@@ -179,7 +190,8 @@ def _kernel(view: views.View, module, x: jax.Array, rows) -> tuple[jax.Array, Ke
     x = view.rows(x if view.kind == "embed" else x.astype(dtype))
     w = w.astype(dtype)
     if isinstance(w, QTensor):
-        w = dataclasses.replace(w, rows=rows)
+        spec = specs.get("/".join((*module.path, view.kernel)), (None, None))
+        w = dataclasses.replace(w, rows=rows, split=tuple(spec)[-2:])
     return x, Kernel(w, None if b is None else b.astype(dtype), view.kind)
 
 

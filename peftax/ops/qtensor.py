@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,6 +63,7 @@ class QTensor:
     dtype:  what it is as numbers: the dtype of `dense`.
     kernel: what makes its products: a file of peftax/ops/kernels, or "auto", by platform and shape.
     rows:   how the rows of a batch lie on a mesh (NamedSharding); `inject` says so, a stored weight does not.
+    split:  the mesh axes that K and N are split over; as `rows`.
     """
 
     packed: Any
@@ -73,6 +75,7 @@ class QTensor:
     dtype: Any = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
     kernel: str = dataclasses.field(default="auto", metadata={"static": True})
     rows: Any = dataclasses.field(default=None, metadata={"static": True})
+    split: Any = dataclasses.field(default=(None, None), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,10 +113,38 @@ class QTensor:
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[n:]), self)
 
 
+def check(w: QTensor) -> None:
+    """Raise ValueError unless the arrays of a packed weight are of one weight in a known format."""
+
+    def fail(what: str) -> None:
+        raise ValueError(f"QTensor {w.fmt!r}: {what}")
+
+    if w.fmt not in LEVELS:
+        fail(f"no such format; there are {', '.join(LEVELS)}")
+    if w.packed.dtype != (kind := "int8" if LEVELS[w.fmt] is None else "uint8"):
+        fail(f"packed is {w.packed.dtype}, not {kind}")
+    (*lead, k, n), blocks = w.shape, w.scale.shape[-3] if w.scale.ndim > 2 else 0
+    if not blocks or w.scale.shape != (*lead, blocks, 1, n) or k % blocks:
+        fail(f"scales {w.scale.shape} are not [..., K/group, 1, N] of a weight {w.shape}")
+    if (w.low is not None) != (w.fmt == "q4_1") or (w.low is not None and w.low.shape != w.scale.shape):
+        fail("q4_1, and no other format, has a low beside every scale")
+    if w.double != (w.scale.dtype == np.uint8) or w.double != (w.offset is not None):
+        fail("scales in uint8, nested scales and an offset come together")
+    if w.double:
+        want = (*lead, -(-blocks * n // NESTED)), tuple(lead)
+        if (w.nested.shape, w.offset.shape) != want:
+            got = f"{w.nested.shape}, offset {w.offset.shape}"
+            fail(f"nested scales {got}; want {want[0]} and {want[1]}, one for {NESTED} scales")
+
+
 def dense(w: Any) -> Any:
-    """The numbers of a QTensor [..., K, N] in its dtype: computed in f32, rounded once; an array as it is."""
+    """The numbers of a QTensor [..., K, N] in its dtype: computed in f32, rounded once; an array as it is.
+
+    Raises ValueError where `check` does.
+    """
     if not isinstance(w, QTensor):
         return w
+    check(w)
     *lead, k, n = w.shape
     grouped = values(w).reshape(*lead, k // w.group, w.group, n) * scales(w)
     if w.low is not None:
@@ -144,14 +175,17 @@ def look_up(code: jax.Array, levels: tuple[float, ...]) -> jax.Array:
     return row[0]
 
 
-def scales(w: QTensor) -> jax.Array:
-    """f32 [..., K/group, 1, N]; double quantization undone."""
+def scales(w: QTensor, *, at: Sequence[Any] = (0, 0), blocks: int | None = None) -> jax.Array:
+    """f32 [..., K/group, 1, N]; double quantization undone.
+
+    Of a part of a weight: `at` says where its first group and column lie in the whole, with `blocks` groups a column.
+    """
     if not w.double:
         return w.scale.astype(jnp.float32)
-    *lead, blocks, _, n = w.scale.shape
-    number = jnp.arange(n)[None] * blocks + jnp.arange(blocks)[:, None]  # [K/group, N]
+    *lead, own, _, n = w.scale.shape
+    number = (at[1] + jnp.arange(n))[None] * (blocks or own) + at[0] + jnp.arange(own)[:, None]  # [K/group, N]
     second = jnp.take(w.nested, number // NESTED, axis=-1, mode="clip")
-    code = w.scale.reshape(*lead, blocks, n).astype(jnp.int32)  # on TPU an axis of one costs eight rows
+    code = w.scale.reshape(*lead, own, n).astype(jnp.int32)  # on TPU an axis of one costs eight rows
     first = jnp.take(jnp.asarray(dynamic_levels()), code, axis=0, mode="clip")
     scale = rounded(first * second) + w.offset.reshape(*lead, 1, 1)
     return scale.reshape(w.scale.shape)

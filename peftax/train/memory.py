@@ -86,11 +86,12 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     peak, kept = _walk(traced.jaxpr, until=traced.jaxpr.outvars[0])
 
     mesh = run.base.mesh
+    parts = mesh.size // mesh.shape["tensor"]  # of the batch; what tensor splits further is not counted on
     own = tree.flatten(run.base.params)
     frozen, trainable = (_on_one_device(run, half) for half in run.part)
     gradients = sum(trainable.values()) * (2 if c["accumulate"] > 1 else 1)
     moments = tree.nbytes(state.opt_state) * sum(trainable.values()) // max(1, tree.nbytes(shapes["trainable"]))
-    temporaries = max(0, peak - kept - tree.nbytes(shapes["trainable"])) // mesh.size
+    temporaries = max(0, peak - kept - tree.nbytes(shapes["trainable"])) // parts
     if mesh.shape["fsdp"] > 1:  # weights are gathered where they are used, a layer at a time
         temporaries += _largest_layer(run.base)
     return Need(
@@ -98,9 +99,9 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
         adapters=sum(n for path, n in frozen.items() if path not in own) + sum(trainable.values()),
         gradients=gradients,
         optimizer=moments,
-        activations=kept // mesh.size,
+        activations=kept // parts,
         temporaries=temporaries,
-        logits=rows * min(c["chunk"], length) * run.base.config["vocab_size"] * 4 // mesh.size,
+        logits=rows * min(c["chunk"], length) * run.base.config["vocab_size"] * 4 // parts,
     )
 
 

@@ -59,7 +59,7 @@ class Base:
 
     def inject(self, method: Method) -> Callable:
         rows = NamedSharding(self.mesh, sharding.BATCH) if self.mesh.size > 1 else None
-        return injection.inject(self.model.apply, method, rows=rows)
+        return injection.inject(self.model.apply, method, rows=rows, specs=self.specs)
 
     def places(self, half: Mapping[str, Any], method: Method) -> dict[str, Any]:
         """Where each leaf of one half of a partition lies."""

@@ -86,6 +86,18 @@ def test_width_of_no_whole_registers(transposed):
     compile_product("v5e", "nf4", 64, 256, 576, 1536, transposed)  # SmolLM2-135M's
 
 
+def test_a_generation_that_cannot_compile_it_is_refused(monkeypatch):
+    """TPU v4 has no gather along sublanes; dispatch takes XLA there."""
+    device = machines.tpu("v4:2x2x1")[0]
+    place = SingleDeviceSharding(device)
+    w, x = abstract_weight("nf4", 4096, 4096, 64, place), jax.ShapeDtypeStruct((16, 4096), "bfloat16", sharding=place)
+    tiles = tpu.choose(16, w, "bfloat16", transposed=False, kind=tpu.SMALLEST)
+    with pytest.raises(Exception, match="Sublane gather not supported by this TPU generation"):
+        machines.compile(jax.jit(lambda x, w: tpu.product(x, w, tiles=tiles)), x, w)
+    monkeypatch.setattr(tpu, "_device_kind", lambda: device.device_kind)
+    assert "TPU v4" in tpu.supports(w, 16, "bfloat16", transposed=False)
+
+
 def test_float32_compiles():
     compiled = compile_product("v6e", "nf4", 64, 256, 4096, 1024, False, dtype="float32")
     assert machines.memory(compiled)["temporaries"] <= 1 << 20

@@ -134,18 +134,21 @@ def test_fold(case):
     assert tiny.distance(np.asarray(adapted)[seen], np.asarray(plain)[seen]) <= 2e-5
 
 
+MESHES = {"2x4": {"data": 2, "fsdp": 4}, "2x4 tensor": {"fsdp": 2, "tensor": 4}}
+
+
 def test_trains_on_one_device_and_on_eight(few):
     first = {}
-    for devices in (1, 8):
-        frozen, trainable, rows, options = few.frozen, jax.tree.map(jnp.copy, few.trainable), None, {}
-        if devices == 8:
-            mesh = sharding.make_mesh(data=2, fsdp=4)
+    for name in (None, *MESHES):
+        frozen, trainable, on_mesh = few.frozen, jax.tree.map(jnp.copy, few.trainable), {}
+        if name:
+            mesh = sharding.make_mesh(**MESHES[name])
             specs = sharding.base_specs(unpacked(base()), found(), mesh)
             lie = functools.partial(sharding.shardings, method=few.method, sites=found(), base=specs, mesh=mesh)
             frozen, trainable = (jax.device_put(x, lie(x)) for x in (frozen, trainable))
-            rows = NamedSharding(mesh, sharding.BATCH)
-        apply = injection.inject(model().apply, few.method, rows=rows)
-        step = make_step(apply, causal_lm, optax.sgd(0.05), **options)
+            on_mesh = {"rows": NamedSharding(mesh, sharding.BATCH), "specs": specs}
+        apply = injection.inject(model().apply, few.method, **on_mesh)
+        step = make_step(apply, causal_lm, optax.sgd(0.05))
         state, losses = State.create(trainable, optax.sgd(0.05)), []
         before = jax.tree.map(np.array, frozen)
         for _ in range(4):
@@ -153,8 +156,9 @@ def test_trains_on_one_device_and_on_eight(few):
             losses.append(float(metrics["loss"]))
         jax.tree.map(np.testing.assert_array_equal, before, frozen)
         assert losses[-1] < losses[0]
-        first[devices] = losses
-    np.testing.assert_allclose(first[8], first[1], rtol=1e-5)
+        first[name] = losses
+    for name in MESHES:
+        np.testing.assert_allclose(first[name], first[None], rtol=2e-5)
 
 
 def test_the_base_does_not_train():

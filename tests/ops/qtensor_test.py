@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peftax.ops.product import matmul
 from peftax.ops.qtensor import GROUPS, LEVELS, QTensor, codes, dense, dynamic_levels, look_up, scales, values
 
 F32 = np.float32
@@ -129,6 +131,38 @@ def test_parts():
     np.testing.assert_array_equal(values(w), np.asarray(LEVELS["fp4"], F32)[code])
     table = tuple(float(i * i) for i in range(16))
     np.testing.assert_array_equal(look_up(jnp.arange(16, dtype=jnp.uint8), table), np.asarray(table, F32))
+
+
+BROKEN = {
+    "format": ({"fmt": "nf5"}, "'nf5': no such format; there are nf4, fp4"),
+    "kind": ({"packed": np.zeros((K // 2, N), np.int8)}, "packed is int8, not uint8"),
+    "short": ({"packed": np.zeros((K // 2 - 1, N), np.uint8)}, r"scales \(4, 1, 6\) are not .* of a weight \(126, 6\)"),
+    "columns": ({"scale": np.ones((4, 1, 5), F32)}, r"scales \(4, 1, 5\) are not"),
+    "groups": ({"scale": np.ones((3, 1, N), F32)}, r"scales \(3, 1, 6\) are not \[..., K/group, 1, N\]"),
+    "flat": ({"scale": np.ones((4, N), F32)}, r"scales \(4, 6\) are not"),
+    "low": ({"low": np.ones((4, 1, N), F32)}, "q4_1, and no other"),
+    "no low": ({"fmt": "q4_1"}, "q4_1, and no other format"),
+    "half double": ({"scale": np.ones((4, 1, N), np.uint8)}, "come together"),
+    "no offset": ({"scale": np.ones((4, 1, N), np.uint8), "nested": np.ones(1, F32)}, "come together"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_arrays_that_do_not_belong_together(kind):
+    """One line, from numbers and from a product."""
+    change, message = BROKEN[kind]
+    w = dataclasses.replace(weight("nf4"), **change)
+    for ask in (dense, lambda w: matmul(jnp.ones((2, K)), w)):
+        with pytest.raises(ValueError, match=message) as caught:
+            ask(w)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"nested": np.ones(1, F32)}, {"offset": np.ones(2, F32)}])
+def test_nested_scales_that_are_cut_short(change):
+    w = dataclasses.replace(nested(100), **change)  # 400 scales, two nested ones
+    with pytest.raises(ValueError, match=r"want \(2,\) and \(\), one for 256 scales"):
+        dense(w)
 
 
 def test_levels():

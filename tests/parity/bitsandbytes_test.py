@@ -10,11 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch: run with .venv-parity")
 
+import bitsandbytes  # noqa: E402
 import transformers  # noqa: E402
 from bitsandbytes import functional  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from peftax.ops import quantize  # noqa: E402
+from peftax.ops.product import matmul  # noqa: E402
 from peftax.ops.qtensor import GROUPS, LEVELS, dense, dynamic_levels  # noqa: E402
 from peftax.weights.bitsandbytes import Bitsandbytes, to_tensors  # noqa: E402
 from peftax.weights.source import Safetensors  # noqa: E402
@@ -151,6 +153,24 @@ def test_matrix(n, k, block, dtype):
     assert np.asarray(ours.offset).tobytes() == state.offset.numpy().tobytes()
     numbers = as_numpy(functional.dequantize_4bit(theirs, state))
     np.testing.assert_array_equal(bits(jax.jit(dense)(ours).T), bits(numbers))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("fmt", ["nf4", "fp4"])
+def test_product_and_its_gradient(fmt, double):
+    """Against MatMul4Bit: y, and dx from the same dy."""
+    rng = np.random.default_rng(0)
+    w_KxN, x, dy = (rng.standard_normal(shape).astype(F32) for shape in ((128, 96), (2, 5, 128), (2, 5, 96)))
+    theirs, state = functional.quantize_4bit(
+        torch.from_numpy(w_KxN.T.copy()), blocksize=64, quant_type=fmt, compress_statistics=double
+    )
+    x_t = torch.from_numpy(x).requires_grad_()
+    y_t = bitsandbytes.matmul_4bit(x_t, theirs.t(), quant_state=state)
+    y_t.backward(torch.from_numpy(dy))
+    ours = quantize.quantize(jnp.asarray(w_KxN), fmt, group=64, double=double)
+    y, back = jax.vjp(lambda x: matmul(x, ours), jnp.asarray(x))
+    for mine, other in ((y, y_t.detach()), (back(jnp.asarray(dy))[0], x_t.grad)):
+        np.testing.assert_allclose(mine, other.numpy(), rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
 SIZES = {

@@ -190,6 +190,19 @@ CORRUPT = {
     "a list": ({STATE: "[1]"}, f"{STATE} is no JSON object"),
     "not text": ({STATE: np.full(4, 255, np.uint8)}, f"{STATE} is no JSON object"),
     "lost nested": ({STATE: SAID | NESTED, "absmax": np.ones(2, np.uint8)}, "no .nested_absmax beside it"),
+    "nested cut short": (
+        {STATE: SAID | NESTED, "absmax": np.ones(2, np.uint8), "nested_absmax": np.ones(0, F32)},
+        r".nested_absmax is float32 \[0\], not float32 \[1\]",
+    ),
+    "nested levels": (
+        {
+            STATE: SAID | NESTED,
+            "absmax": np.ones(2, np.uint8),
+            "nested_absmax": np.ones(1, F32),
+            "nested_quant_map": np.ones(255, F32),
+        },
+        r".nested_quant_map is float32 \[255\], not float32 \[256\]",
+    ),
     "offset": (
         {STATE: SAID | NESTED | {"nested_offset": float("nan")}, "absmax": np.ones(2, np.uint8)},
         "nested_offset nan is no number",
@@ -208,7 +221,7 @@ def test_corrupt(tmp_path, kind):
     tensors, _ = lay((2, 64), dtype="float32")
     for part, value in changes.items():
         name = f"{NAME}.{part}" if part else NAME
-        del tensors[name]
+        tensors.pop(name, None)
         if value is not None:
             tensors[name] = value if isinstance(value, np.ndarray) else as_bytes(value)
     for ask in ("shape", "dtype", "read", "packed", "read_packed"):

@@ -1,3 +1,4 @@
+import struct
 import zipfile
 
 import gguf
@@ -230,6 +231,48 @@ def test_truncated(tiny, keep):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(ValueError, match="tiny.gguf: truncated"):
+        weights.open(file)
+
+
+def one_tensor(file, kind, data):
+    """A file with one tensor that claims a type."""
+    out = gguf.GGUFWriter(file, "llama")
+    out.add_tensor("output.weight", data, raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def test_a_type_that_has_no_numbers_here(tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_1
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    one_tensor(tmp_path / "x.gguf", kind, np.zeros((4, size), np.uint8))
+    found = weights.open(tmp_path / "x.gguf")
+    assert found.packed("lm_head.weight") is None
+    with pytest.raises(ValueError, match="x.gguf: tensor 'lm_head.weight': .*Q8_1"):
+        found.read("lm_head.weight")
+    with pytest.raises(ValueError, match="'lm_head.weight' is not held as a QTensor"):
+        found.read_packed("lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        ("type", 999, r"no GGUF file .*999\)? is not a valid GGMLQuantizationType"),
+        ("width", 40, r"no GGUF file .*row size \(40\) is not a multiple of Q4_0 block size"),
+    ],
+)
+def test_corrupt_header_of_a_tensor(tmp_path, at, value, message):
+    """An unknown type; rows that end inside a block."""
+    file = tmp_path / "x.gguf"
+    one_tensor(file, Q4_0, quantize(np.ones((4, 64), np.float32), Q4_0))
+    raw = bytearray(file.read_bytes())
+    start = raw.index(b"output.weight") + len(b"output.weight")  # then axes u32, sizes u64 each, type u32
+    where, form = {"width": (start + 4, "<Q"), "type": (start + 4 + 16, "<I")}[at]
+    struct.pack_into(form, raw, where, value)
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"x.gguf: .*{message}"):
         weights.open(file)
 
 

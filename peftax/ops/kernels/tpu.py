@@ -27,7 +27,10 @@ INTEGERS = ("int4", "q4_0", "q4_1")  # formats whose levels are integers
 LANES, SUBLANES = 128, 8
 STRIP = 64  # rows of w in 32 bytes, the height of a register of bytes
 ROWS = 8192  # of x that one unpacked tile of w meets at most, where their sums wait in VMEM
-KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+KINDS = {  # what devices call themselves -> a key of the table
+    **{"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+    **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+}
 SMALLEST = "tpu7x"  # of the kinds in VMEM
 TABLE = json.loads((Path(__file__).parent / "tiles" / "tpu.json").read_text())
 
@@ -44,6 +47,8 @@ def supports(w: QTensor, m: int, dtype: Any, *, transposed: bool) -> str | None:
     """None if `product` takes an x of m rows and this dtype; else why not."""
     if why := requirements.refusal(w, dtype, formats=LEVELS, dtypes=DTYPES):
         return why
+    if (kind := _device_kind()).startswith("TPU") and kind not in KINDS:
+        return f"device {kind}; it was compiled for {', '.join(sorted(set(KINDS.values())))}"
     k, n = w.shape
     if m < 1:
         return "x has no rows"
@@ -116,8 +121,11 @@ def choose(m: int, w: QTensor, dtype: Any, *, transposed: bool, kind: str | None
 
 
 def _kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return KINDS.get(device.device_kind, SMALLEST)
+    return KINDS.get(_device_kind(), SMALLEST)
+
+
+def _device_kind() -> str:
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
 def _dividing(t: Tiles, w: QTensor, transposed: bool) -> Tiles:

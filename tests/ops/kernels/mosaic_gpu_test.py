@@ -1,5 +1,6 @@
 """The Mosaic GPU kernel in Pallas' GPU interpreter (threads, copies and barriers, but no register layouts)."""
 
+import dataclasses
 import types
 
 import jax
@@ -36,6 +37,24 @@ def check(x, w, transposed=False):
 def test_product_and_dx_of_every_format(fmt):
     check(rows(128, K), weight(fmt, K, N, group=GROUPS[fmt]))
     check(rows(128, N), weight(fmt, K, N, group=GROUPS[fmt]), transposed=True)
+
+
+def test_unpacked_numbers_are_those_of_dense():
+    """Bit for bit: with the identity for x, every sum has one term."""
+    w = weight("nf4", 128, N, group=64)
+    y = mosaic_gpu.product(jnp.eye(128, dtype=jnp.bfloat16), w, interpret=True)
+    np.testing.assert_array_equal(y, qtensor.dense(w.astype(jnp.bfloat16)))
+
+
+def test_whole_numbers_are_exact():
+    """int4 with scales of a power of two and whole x: no product or sum rounds."""
+    w = weight("int4", 128, N)
+    w = dataclasses.replace(w, scale=jnp.full_like(w.scale, 0.5))
+    x = jnp.asarray(np.random.default_rng(4).integers(-1, 2, (128, 128)), jnp.float16)
+    for transposed in (False, True):
+        numbers = np.asarray(qtensor.dense(w), np.float32)
+        y = mosaic_gpu.product(x, w, transposed=transposed, interpret=True)
+        np.testing.assert_array_equal(y, np.asarray(x, np.float32) @ (numbers.T if transposed else numbers))
 
 
 def test_ragged_rows_and_many_tiles():

@@ -49,6 +49,16 @@ def test_unpacked_numbers_are_those_of_dense(fmt, dtype):
     np.testing.assert_array_equal(y, dense(w.astype(dtype)))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_whole_numbers_are_exact(transposed):
+    """int4 with scales of powers of two and whole x: every product and sum is a number of f32."""
+    w = weight("int4", 128, 128)
+    w = dataclasses.replace(w, scale=2.0 ** jnp.asarray(np.random.default_rng(3).integers(-2, 3, w.scale.shape)))
+    x = jnp.asarray(np.random.default_rng(4).integers(-8, 9, (16, 128)), jnp.float32)
+    y = tpu.product(x, w, transposed=transposed, tiles=SMALL, interpret=True)
+    np.testing.assert_array_equal(y, np.asarray(x) @ (np.asarray(dense(w)).T if transposed else np.asarray(dense(w))))
+
+
 def test_dx_is_the_gradient():
     w = weight("nf4", 128, 256, group=64)
     x, dy = inputs(16, 128, "float32"), inputs(16, 256, "float32")
@@ -84,7 +94,7 @@ def test_rounds_of_rows(monkeypatch):
 def test_memory_that_starts_as_nan():
     w = weight("nf4", 256, 128)
     x = inputs(32, 256)
-    interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan", random_seed=7)  # steps that may be parallel, shuffled
     assert_is_product(tpu.product(x, w, tiles=SMALL, interpret=interpret), x, w, False)
 
 
@@ -124,6 +134,13 @@ def test_says_what_it_does_not_take(w, m, dtype, why):
     assert why in tpu.supports(w, m, dtype, transposed=False)
     with pytest.raises(ValueError, match=why.replace(".", r"\.")):
         tpu.product(jnp.zeros((m, w.shape[-2]), dtype), w, interpret=True)
+
+
+def test_tpus_that_it_was_not_compiled_for_are_refused(monkeypatch):
+    w = weight("nf4", 128, 128)
+    for kind, why in (("TPU v4", "device TPU v4; it was compiled for tpu7x, v5e, v5p, v6e"), ("TPU v6 lite", None)):
+        monkeypatch.setattr(tpu, "_device_kind", lambda kind=kind: kind)
+        assert tpu.supports(w, 8, "bfloat16", transposed=False) == why
 
 
 @pytest.mark.parametrize("tiles", [tpu.Tiles(16, 96, 128), tpu.Tiles(16, 128, 256), tpu.Tiles(8, 128, 128)])

@@ -1,5 +1,6 @@
 """The Triton kernel, interpreted: the numbers of x @ dense(w), forward and backward, in every format."""
 
+import dataclasses
 import types
 
 import jax
@@ -41,6 +42,29 @@ def test_product_and_dx_of_every_format(fmt):
     for transposed, wide in ((False, K), (True, N)):
         x = rows(128, wide)
         assert_rounded(triton.product(x, w, transposed=transposed, interpret=True), expected(x, w, transposed))
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in triton.FORMATS if fmt != "q4_1"])
+def test_unpacked_numbers_are_those_of_dense(fmt):
+    """Bit for bit: with the identity for x, every sum has one term. (Not q4_1, which a CPU rounds once for product and
+    sum together.)
+    """
+    w = weight(fmt, 128, N, group=32)
+    y = triton.product(jnp.eye(128, dtype=jnp.bfloat16), w, interpret=True)
+    np.testing.assert_array_equal(y, qtensor.dense(w.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_whole_numbers_are_exact(transposed):
+    """int4 with scales of powers of two and whole x: no product or sum rounds, y least of all."""
+    w = weight("int4", 64, 64)
+    w = dataclasses.replace(w, scale=jnp.full_like(w.scale, 0.5))
+    x = jnp.asarray(np.random.default_rng(4).integers(-1, 2, (16, 64)), jnp.float16)
+    y = triton.product(x, w, transposed=transposed, interpret=True)
+    numbers = np.asarray(qtensor.dense(w))
+    np.testing.assert_array_equal(
+        y.astype(jnp.float32), np.asarray(x, np.float32) @ (numbers.T if transposed else numbers)
+    )
 
 
 @pytest.mark.parametrize("m", [1, 17, 130])
