@@ -60,7 +60,7 @@ def test_peft_loads_what_we_write(base, case, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     effect = np.abs(ours - torch_logits(plain, ids)).max()
     theirs = torch_logits(PeftModel.from_pretrained(plain, tmp_path / "a").eval(), ids, **more)
-    assert effect > 0.02
+    assert effect > 5e-3
     assert np.abs(ours - theirs).max() <= 1e-5 + 1e-3 * effect
 
     if method.fold is not None and case != "LORA_bias_all":
