@@ -67,23 +67,23 @@ def dora(
             "frozen": {"scale": jnp.float32(scale), "w2": w2},
         }
 
-    def gain(theta, k: Kernel):
-        m = theta["m"].astype(jnp.float32)
+    def per_length(theta, k: Kernel):
+        """1 / the length of every column of W + s A B: [out]."""
         a, b, s, w2 = (jax.lax.stop_gradient(theta[n].astype(jnp.float32)) for n in ("a", "b", "scale", "w2"))
         turned = jax.lax.optimization_barrier(a.T.astype(k.w.dtype))  # XLA on a CPU has no bf16 product of its turn
         across = matmul(turned, k.w).astype(jnp.float32)
         norm2 = w2 + jnp.sum(b * (2 * s * across + s * s * ((a.T @ a) @ b)), axis=0)
-        return m * kept(jax.lax.rsqrt(norm2))
+        return kept(jax.lax.rsqrt(norm2))
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         low = narrow(ctx.drop(x, dropout), theta["a"])
-        y = kept(matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"])  # m's slope needs it, and y is near
-        y = y * last(gain(theta, k).astype(y.dtype), y)
+        y = matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"]
+        y = stretch(y, theta["m"], per_length(theta, k))
         return y if k.b is None else y + last(k.b, y)
 
     def fold(theta, k: Kernel) -> Kernel:
         w = k.w + theta["scale"] * (theta["a"] @ theta["b"])
-        return k.replace(w=w * last(gain(theta, k), w))
+        return k.replace(w=w * last(theta["m"] * per_length(theta, k), w))
 
     adapted = lift.per_kernel(
         "dora",
@@ -99,6 +99,39 @@ def dora(
         keeps=True,
     )
     return lift.with_base(adapted, target, bias=bias, config=config)
+
+
+@jax.custom_vjp
+def stretch(y: jax.Array, m: jax.Array, per_length: jax.Array) -> jax.Array:
+    """Columns of the product y at length m instead of their own.
+
+      z = y ⊙ m / length        dy = dz ⊙ m / length        dm = Σ dz ⊙ y / length = Σ dz ⊙ z / m
+
+    The backward pass needs z alone, which is kept in any case; no slope goes to the lengths.
+
+    Args:
+      y: [..., out].
+      m, per_length: [out].
+
+    Returns:
+      z: [..., out].
+    """
+    return _stretch_forward(y, m, per_length)[0]
+
+
+def _stretch_forward(y, m, per_length):
+    z = kept(y * last((m * per_length).astype(y.dtype), y))  # seen by remat, as a name inside `stretch` is not
+    return z, (z, m, per_length)
+
+
+def _stretch_backward(saved, dz):
+    z, m, per_length = saved
+    dm = jnp.sum(dz.astype(jnp.float32) * z.astype(jnp.float32), axis=tuple(range(z.ndim - 1)))
+    dm = dm / jnp.where(m == 0, 1, m).astype(jnp.float32)
+    return dz * last((m * per_length).astype(dz.dtype), dz), dm.astype(m.dtype), jnp.zeros_like(per_length)
+
+
+stretch.defvjp(_stretch_forward, _stretch_backward)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:

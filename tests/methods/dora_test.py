@@ -71,7 +71,7 @@ def test_needs_norms():
 
 
 def test_the_backward_pass_makes_no_product_of_the_kernel_again():
-    """m's slope needs the products before their gain: remat "dots" keeps those in place of the outputs."""
+    """m's slope is made of the outputs, which remat "dots" keeps."""
 
     def products(method):
         model = tiny.model(remat="dots")
