@@ -17,7 +17,6 @@ WORKSPACE = 32 << 20  # cublasLt's on an H100; XLA counts it as a temporary
 CASES = {
     "v5e-4": ("tpu", lambda: machines.tpu("v5e:2x2"), 2, b"TPU v5 lite"),
     "a100-1": ("cuda", lambda: machines.gpu("a100_80gb"), 1, b"sm_80"),
-    "h100-1": ("cuda", lambda: machines.gpu("h100"), 1, b"sm_90"),
     "h100-8": ("cuda", lambda: machines.gpu("h100", count=8), 2, b"sm_90"),
 }
 

@@ -39,14 +39,16 @@ def gpu(name, count, make, **program):
 
 TRAIN, EVALUATE, DECODE = Program.train, Program.evaluate, Program.decode
 ONE, EIGHT = {"batch": 1, "length": 640}, {"batch": 8, "length": 640}  # no number of rows is a width of a weight
+PROMPTS = {"batch": 16, "length": 128}
 TWO_BY_TWO = {"fsdp": 2, "tensor": 2}
 CASES = {
     "8B-v5e-1": tpu("v5e:1x1", 16, TRAIN, config=LLAMA_8B, rules=NF4, **ONE),
-    "8B-v6e-1-int4": tpu("v6e:1x1", 32, TRAIN, config=LLAMA_8B, rules=INT4, **ONE),
-    "8B-v6e-1-decode": tpu("v6e:1x1", 32, DECODE, config=LLAMA_8B, rules=NF4, batch=16, length=128),
+    "8B-v6e-1-decode": tpu("v6e:1x1", 32, DECODE, config=LLAMA_8B, rules=NF4, **PROMPTS),
     "70B-v5p-4": tpu("v5p:2x2x1", 95, TRAIN, config=LLAMA_70B, rules=NF4, mesh=TWO_BY_TWO, batch=2, length=640),
-    "70B-tpu7x-2-evaluate": tpu("tpu7x:1x1x1", 96, EVALUATE, config=LLAMA_70B, rules=NF4, mesh={"tensor": 2}, **ONE),
-    "8B-a100-1-int4-decode": gpu("a100_80gb", 1, DECODE, config=LLAMA_8B, rules=INT4, batch=16, length=128),
+    "70B-tpu7x-2-decode": tpu(
+        "tpu7x:1x1x1", 96, DECODE, config=LLAMA_70B, rules=NF4, mesh={"fsdp": 1, "tensor": 2}, **PROMPTS
+    ),
+    "8B-a100-1-int4-decode": gpu("a100_80gb", 1, DECODE, config=LLAMA_8B, rules=INT4, **PROMPTS),
     "70B-a100-1": gpu("a100_80gb", 1, TRAIN, config=LLAMA_70B, rules=NF4, **ONE),
     "8B-h100-1-evaluate": gpu("h100", 1, EVALUATE, config=LLAMA_8B, rules=NF4, **ONE),
     "70B-h100-8": gpu("h100", 8, TRAIN, config=LLAMA_70B, rules=NF4, mesh={"fsdp": 2, "tensor": 4}, **EIGHT),
@@ -135,12 +137,12 @@ def test_members_read_each_weight_once():
     """A population of four adapters on one base: as many products as one adapter takes, each of all members' rows."""
     if why := machines.missing("tpu"):
         pytest.skip(why)
-    program = Program(machines.tpu("v5e:1x1"), config=LLAMA_8B, rules=NF4, batch=1, length=512)
+    program = Program(machines.tpu("v6e:1x1"), config=LLAMA_8B, rules=INT4, batch=1, length=512)
     step, args = program.population(4)
     compiled = machines.compile(step, *args)
-    assert machines.memory(compiled)["bytes"] < 16 << 30
+    assert machines.memory(compiled)["bytes"] < 32 << 30
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    made = [re.search(r"nf4_(product|dx)", line)[1] for line in calls]
+    made = [re.search(r"int4_(product|dx)", line)[1] for line in calls]
     assert made.count("dx") == 7
     assert 7 <= made.count("product") <= 14  # remat makes them a second time
     for line in calls:
