@@ -1,56 +1,154 @@
-"""The same step on a base in four bits: packed bytes are what lies and what moves."""
+"""Whole models on a base in few bits: packed bytes are what lies and what moves, and they are read once."""
 
+import dataclasses
+import math
 import re
+from collections.abc import Callable
 
+import jax
 import pytest
 
 from peftax.core import tree
 from tests.aot import machines
-from tests.aot.compile_test import CASES, step_for
+from tests.aot.programs import LLAMA_8B, LLAMA_70B, Program
 
 pytestmark = pytest.mark.aot
-RULES = (("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True}),)
+NF4 = (("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True}),)
+INT4 = (("_proj/kernel$", {"fmt": "int4", "group": 128}),)
+BITS = {"nf4": 4.127, "int4": 4.25}
 
 
-@pytest.fixture(scope="module", params=["v5e-4", "v6e-4", "a100-1", "h100-8"])
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What to compile, and the memory of one device, GiB, that it must fit."""
+
+    platform: str
+    devices: Callable[[], list[jax.Device]]
+    memory: int
+    make: Callable[[Program], tuple]
+    program: dict
+
+
+def tpu(name, memory, make, **program):
+    return Case("tpu", lambda: machines.tpu(name), memory, make, program)
+
+
+def gpu(name, count, make, **program):
+    return Case("cuda", lambda: machines.gpu(name, count), 80, make, program)
+
+
+TRAIN, EVALUATE, DECODE = Program.train, Program.evaluate, Program.decode
+ONE, EIGHT = {"batch": 1, "length": 640}, {"batch": 8, "length": 640}  # no number of rows is a width of a weight
+PROMPTS = {"batch": 16, "length": 128}
+TWO_BY_TWO = {"fsdp": 2, "tensor": 2}
+CASES = {
+    "8B-v5e-1": tpu("v5e:1x1", 16, TRAIN, config=LLAMA_8B, rules=NF4, **ONE),
+    "8B-v6e-1-decode": tpu("v6e:1x1", 32, DECODE, config=LLAMA_8B, rules=NF4, **PROMPTS),
+    "70B-v5p-4": tpu("v5p:2x2x1", 95, TRAIN, config=LLAMA_70B, rules=NF4, mesh=TWO_BY_TWO, batch=2, length=640),
+    "70B-tpu7x-2-decode": tpu(
+        "tpu7x:1x1x1", 96, DECODE, config=LLAMA_70B, rules=NF4, mesh={"fsdp": 1, "tensor": 2}, **PROMPTS
+    ),
+    "8B-a100-1-int4-decode": gpu("a100_80gb", 1, DECODE, config=LLAMA_8B, rules=INT4, **PROMPTS),
+    "70B-a100-1": gpu("a100_80gb", 1, TRAIN, config=LLAMA_70B, rules=NF4, **ONE),
+    "8B-h100-1-evaluate": gpu("h100", 1, EVALUATE, config=LLAMA_8B, rules=NF4, **ONE),
+    "70B-h100-8": gpu("h100", 8, TRAIN, config=LLAMA_70B, rules=NF4, mesh={"fsdp": 2, "tensor": 4}, **EIGHT),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
-    platform, devices_of, data, _ = CASES[request.param]
-    if why := machines.missing(platform):
+    """(the case, its packed weights with their places, its arguments, the compiled program)"""
+    case = CASES[request.param]
+    if why := machines.missing(case.platform):
         pytest.skip(why)
-    devices = devices_of()
-    step, args = step_for(devices, data, RULES)
-    return len(devices) // data, args, machines.compile(step, *args)
+    step, args = case.make(Program(case.devices(), **case.program))
+    compiled = machines.compile(step, *args)
+    packed = [x for x in jax.tree.leaves(args, is_leaf=tree.is_packed) if tree.is_packed(x)]
+    yield case, packed, args, compiled, compiled.as_text()
+    jax.clear_caches()  # of programs of this size not many are to be held at a time
 
 
-def packed(frozen):
-    return [x for x in tree.flatten(frozen).values() if tree.is_packed(x)]
+def test_bits_and_memory(case):
+    case, packed, args, compiled, _ = case
+    weights = sum(x.size for x in packed)
+    assert len(packed) == 7
+    assert abs(8 * tree.nbytes(packed) / weights - BITS[packed[0].fmt]) < 0.001
+    memory = machines.memory(compiled)
+    assert memory["arguments"] <= machines.shard_bytes(args) + (1 << 20)
+    assert memory["bytes"] < case.memory << 30
+    # beside what a 16-bit base would take by itself there is no room for one
+    assert memory["temporaries"] < 2 * weights // _weight_parts(packed)
 
 
-def test_bits(case):
-    fsdp, (_, frozen, _), compiled = case
-    weights = sum(x.size for x in packed(frozen))
-    assert len(packed(frozen)) == 7
-    assert 4.12 < 8 * tree.nbytes(packed(frozen)) / weights < 4.13
-    assert machines.memory(compiled)["arguments"] < 2 * weights / fsdp  # all there is, in less than bf16 kernels take
+def _weight_parts(packed):
+    """Over how many devices the weights are split."""
+    return round(sum(x.size for x in packed) / (2 * machines.shard_bytes([x.packed for x in packed])))
 
 
-def test_no_numbers_of_a_whole_stack(case):
-    _, (_, frozen, _), compiled = case
-    text = compiled.as_text()
-    for x in packed(frozen):
-        layers, k, n = x.shape
-        for shape in ((layers, k, n), (layers, k // 2, 2, n), (layers, k // 64, 64, n)):
-            assert not re.search(rf"(f32|bf16)\[{','.join(map(str, shape))}\]", text)
+def shapes(x):
+    """The shapes in which numbers of one layer of a weight may stand, whole or of one device's part."""
+    part = x.packed.sharding.shard_shape(x.packed.shape)
+    for half, n in ((x.packed.shape[-2], x.shape[-1]), part[-2:]):
+        k = 2 * half
+        for shape in ((k, n), (n, k), (half, 2, n), (k // x.group, x.group, n)):
+            yield ",".join(map(str, shape))
+
+
+def test_no_numbers_of_a_weight(case):
+    """Of a whole stack nowhere; of one layer not on a TPU, where the kernel makes them tile by tile."""
+    case, packed, _, _, text = case
+    for x in packed:
+        layers = x.shape[0]
+        for shape in shapes(x):
+            for lead in (f"{layers},", *(("1,", "") if case.platform == "tpu" else ())):
+                assert not re.search(rf"(f32|bf16)\[{lead}{shape}\]", text), (lead, shape)
+    if case.platform == "tpu":
+        assert "tpu_custom_call" in text
+
+
+def collectives(text):
+    """(what it does, dtype, sizes) of every array that moves between devices."""
+    for line in text.splitlines():
+        if found := re.search(
+            r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(", line
+        ):
+            for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", line[: found.start()]):
+                yield found[1], dtype, [int(n) for n in sizes.split(",") if n]
 
 
 def test_packed_bytes_move(case):
-    """On a mesh a weight is gathered as uint8; no gather gives numbers of its size."""
-    fsdp, (_, frozen, _), compiled = case
-    if fsdp == 1:
-        pytest.skip("one device gathers nothing")
-    gathers = [line for line in compiled.as_text().splitlines() if re.search(r" all-gather(-start)?\(", line)]
-    for x in packed(frozen):
-        k, n = x.shape[1:]
-        moved = rf"\[(1,)?({k // 2},{n}|{n},{k // 2})\]"
-        assert any(re.search(rf"u8{moved}", line) for line in gathers), (k, n)
-        assert not any(re.search(rf"(f32|bf16)\[(1,)?({k},{n}|{n},{k})\]", line) for line in gathers), (k, n)
+    """Over `fsdp` a weight is gathered in bytes; over `tensor` it does not move; nowhere do its numbers."""
+    case, packed, _, _, text = case
+    mesh = packed[0].packed.sharding.mesh if len(case.devices()) > 1 else None
+    moving = list(collectives(text))
+    if mesh is None:
+        assert not moving
+        return
+    forbidden = {tuple(map(int, shape.split(","))) for x in packed for shape in shapes(x)}
+    for _, dtype, sizes in moving:
+        assert dtype == "u8" or tuple(n for n in sizes if n > 1) not in forbidden, (dtype, sizes)
+    gathered = {math.prod(sizes) for kind, dtype, sizes in moving if (kind, dtype) == ("all-gather", "u8")}
+    for x in packed:
+        one = math.prod(x.packed.shape[1:]) // mesh.shape["tensor"]
+        assert (one in gathered) == (mesh.shape["fsdp"] > 1), (x.shape, gathered)
+
+
+def test_members_read_each_weight_once():
+    """A population of four adapters on one base: as many products as one adapter takes, each of all members' rows."""
+    if why := machines.missing("tpu"):
+        pytest.skip(why)
+    program = Program(machines.tpu("v5e:1x1"), config=LLAMA_8B, rules=NF4, batch=1, length=512)
+    step, args = program.population(4)
+    compiled = machines.compile(step, *args)
+    assert machines.memory(compiled)["bytes"] < 16 << 30
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    made = [re.search(r"nf4_(product|dx)", line)[1] for line in calls]
+    assert made.count("dx") == 7
+    assert 7 <= made.count("product") <= 14  # remat makes them a second time
+    for line in calls:
+        result, operands = line.split(" custom-call(")
+        assert re.search(r"bf16\[2048,\d+\]", result), result  # 4 members of 512 rows
+        assert len(re.findall(r"u8\[\d+,\d+\]", operands)) == 1
+    packed = [x for x in jax.tree.leaves(args, is_leaf=tree.is_packed) if tree.is_packed(x)]
+    for x in packed:  # no copy of it has an axis of members
+        assert not re.search(rf"u8\[(\d+,)*4,(\d+,)?{x.packed.shape[-2]},{x.shape[-1]}\]", compiled.as_text())

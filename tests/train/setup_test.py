@@ -53,9 +53,9 @@ def gptq(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_as_it_lies(gptq, scan):
-    base = setup.open_base(path=str(gptq), scan=scan, mesh={"fsdp": 2, "data": 4})
+@pytest.mark.parametrize(("scan", "mesh"), [(True, {"fsdp": 2, "data": 4}), (False, {"fsdp": 2, "tensor": 4})])
+def test_as_it_lies(gptq, scan, mesh):
+    base = setup.open_base(path=str(gptq), scan=scan, mesh=mesh)
     packed = {path: x for path, x in tree.flatten(base.params).items() if tree.is_packed(x)}
     assert {p.rsplit("/", 2)[1] for p in packed} == {"gate_proj", "up_proj", "down_proj"}
     assert all(x.fmt == "q4_1" and x.group == 32 for x in packed.values())
