@@ -282,7 +282,7 @@ def combine(args) -> None:
     from peftax import combination
     from peftax.weights import adapters
 
-    base = _base(args)
+    base = _base(args, args.adapters[0])
     loaded = [adapters.load(folder, base.params, base.sites) for folder in args.adapters]
     made = combination.combine(
         [(method, part) for method, part, _ in loaded],
@@ -377,10 +377,12 @@ def _literal(text: str):
         raise argparse.ArgumentTypeError(f"{text!r} is no literal; want (('_proj', {{'fmt': 'nf4'}}),)") from None
 
 
-def _base(args):
+def _base(args, adapter: str | None = None):
+    """The base, with the tables that this adapter's folder, or the command's, grew."""
     from peftax.train import setup
 
-    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
+    adapter = args.adapter if adapter is None else adapter
+    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=adapter)
 
 
 def _attached(base, adapter):

@@ -191,7 +191,7 @@ def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
         return known[token] if isinstance(token, str) else token
 
     def spelled(own: Mapping[str, Any]) -> dict[str, Any]:
-        own = {k: spelled(v) if k in parts else v for k, v in own.items()}
+        own = {k: spelled(v) if isinstance(v, Mapping) and k in parts else v for k, v in own.items()}
         if own.get("tokens"):
             tables = {name: tuple(map(to_id, tokens)) for name, tokens in core_rows.by_table(own["tokens"]).items()}
             own["tokens"] = tables.get("", tables)

@@ -160,10 +160,12 @@ def test_lora_only_needs_whole_stacks():
 
 
 def test_modules_to_save_train_whole_and_get_no_adapter():
-    got = shapes(lora(rank=2, targets=["q_proj", "lm_head"], modules_to_save=["lm_head", "norm"]))
+    got = shapes(lora(rank=2, targets=["q_proj", "lm_head"], modules_to_save=["lm_head", "model.norm"]))
     assert got["lm_head/kernel"] == (24, 37) and got["model/norm/scale"] == (24,)
     assert adapted(got) == {"q_proj"}
     assert not any("layernorm" in p for p in got)
+    got = shapes(lora(rank=2, targets=["q_proj"], modules_to_save=["norm"]))  # any end of a name, as in PEFT
+    assert got["model/layers/input_layernorm/scale"] == (2, 24)
 
 
 def test_modules_to_save_that_match_nothing():
@@ -220,7 +222,7 @@ def test_config_there_and_back():
 
 
 @pytest.mark.parametrize(
-    "field", [f for f in hf.LORA_VARIANTS if f not in ("lora_bias", "target_parameters", "use_dora")]
+    "field", [f for f in hf.LORA_VARIANTS if f not in ("lora_bias", "target_parameters", "trainable_token_indices", "use_dora")]
 )
 def test_a_field_that_asks_for_another_method_is_refused(field):
     config = {"peft_type": "LORA", "target_modules": ["q_proj"]}
