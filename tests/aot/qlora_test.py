@@ -137,21 +137,12 @@ def test_members_read_each_weight_once():
     """A population of four adapters on one base: as many products as one adapter takes, each of all members' rows."""
     if why := machines.missing("tpu"):
         pytest.skip(why)
-<<<<<<< HEAD
-    program = Program(machines.tpu("v6e:1x1"), config=LLAMA_8B, rules=INT4, batch=1, length=512)
-    step, args = program.population(4)
-    compiled = machines.compile(step, *args)
-    assert machines.memory(compiled)["bytes"] < 32 << 30
-    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    made = [re.search(r"int4_(product|dx)", line)[1] for line in calls]
-=======
     program = Program(machines.tpu("v5e:1x1"), config=LLAMA_8B, rules=NF4, batch=1, length=512)
     step, args = program.population(4)
     compiled = machines.compile(step, *args)
     assert machines.memory(compiled)["bytes"] < 16 << 30
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     made = [re.search(r"nf4_(product|dx)", line)[1] for line in calls]
->>>>>>> quant
     assert made.count("dx") == 7
     assert 7 <= made.count("product") <= 14  # remat makes them a second time
     for line in calls:
