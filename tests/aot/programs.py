@@ -100,7 +100,7 @@ class Program:
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)
         run = jax.jit(partial(generator._continue, before=0))
-        return run, (tree.merge(*self.halves), None, tokens, numbers, numbers, key)
+        return run, (tree.merge(*self.halves), None, tokens, numbers, numbers, key, None)
 
     def population(self, members: int):
         """The gradients of several adapters, each on its own batch."""
