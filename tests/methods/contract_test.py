@@ -142,7 +142,8 @@ MESHES = {
 
 @pytest.fixture(scope="module", params=methods.names())
 def case(request):
-    return Case(request.param)
+    yield Case(request.param)
+    jax.clear_caches()  # XLA maps memory for every program, and a process may have only so many maps
 
 
 @functools.cache
