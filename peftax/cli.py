@@ -204,7 +204,7 @@ def generate(args) -> None:
     from peftax.train.generate import Generator
 
     base = _base(args)
-    apply, params, front = _attached(base, args.adapter)
+    apply, params, front = _attached(base, args.adapter, () if args.task_id is None else (args.task_id,))
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [
         chat.prompt_ids(text if args.raw else [*system, {"role": "user", "content": text}], base.tokenizer)
@@ -385,13 +385,15 @@ def _base(args, adapter: str | None = None):
     return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=adapter)
 
 
-def _attached(base, adapter):
-    from peftax.core.method import chain
+def _attached(base, adapter, tasks=()):
+    from peftax.core.method import chain, check_tasks
     from peftax.train import setup
 
     if not adapter:
         return base.inject(chain()), base.params, 0
     run = setup.attach(base, adapter)
+    if tasks:
+        check_tasks(run.method, tasks)
     return run.apply, run.params, run.method.front
 
 

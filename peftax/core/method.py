@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -168,3 +168,13 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
 
 def parts(method: Method) -> tuple[Method, ...]:
     return method.parts or (method,)
+
+
+def check_tasks(method: Method, tasks: Sequence[int]) -> None:
+    """Raise where one of these is no task of the method: inside a program it would only make NaN."""
+    known = max((m.config.get("tasks", 0) for m in parts(method)), default=0)
+    if not known:
+        raise ValueError(f"{method.name}: has no tasks; leave out the task {tasks[0]}")
+    for task in tasks:
+        if not 0 <= task < known:
+            raise ValueError(f"{method.name}: task {task} is none of 0 to {known - 1}")

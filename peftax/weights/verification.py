@@ -14,7 +14,7 @@ import numpy as np
 from peftax import models
 from peftax.core import injection, sites, tree
 from peftax.core.hf import Unsupported
-from peftax.core.method import Ctx
+from peftax.core.method import Ctx, check_tasks
 from peftax.weights import adapters, base, source
 
 
@@ -82,6 +82,8 @@ def _compare(opened, adapter: str | Path, inputs: np.ndarray, expect: np.ndarray
     method, part, _ = adapters.load(adapter, params, found)
     rows = inputs.shape[1]
     plain = model.apply({"params": params}, inputs)
+    if tasks is not None:
+        check_tasks(method, tasks)
     ctx = Ctx() if tasks is None else Ctx(tasks=jnp.asarray(tasks, jnp.int32))
     ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, inputs, ctx=ctx)[:, -rows:]
     expect = expect[:, -rows:]

@@ -3,7 +3,7 @@ import pytest
 
 from peftax import methods
 from peftax.core import lift
-from peftax.core.method import Method, Partition, chain, parts
+from peftax.core.method import Method, Partition, chain, check_tasks, parts
 from tests.core import toys
 
 
@@ -45,6 +45,19 @@ def test_a_method_misspelled():
 def test_a_setting_misspelled():
     with pytest.raises(TypeError, match="lora: no setting 'rnak'; the nearest: 'rank'"):
         methods.make("lora", rnak=4)
+
+
+@pytest.mark.parametrize(
+    "name, tasks, message",
+    [
+        ("multitask_prompt", (1, 2), "task 2 is none of 0 to 1"),
+        ("lora", (0,), "lora: has no tasks; leave out the task 0"),
+    ],
+)
+def test_a_task_that_there_is_not(name, tasks, message):
+    method = methods.make(name, **({"tasks": 2} if name == "multitask_prompt" else {}))
+    with pytest.raises(ValueError, match=message):
+        check_tasks(method, tasks)
 
 
 def test_methods_are_found_by_their_files():
