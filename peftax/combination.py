@@ -250,8 +250,7 @@ def _lora(
         **_targets(set(layers), [method.config for method, _ in sources], sites),
     )
     old, part = sources[0]
-    base, _ = tree.split(tree.merge(*part), lambda path: adapters.is_theta(path, old))
-    made = method.init(jax.random.key(0), base, sites)
+    made = method.init(jax.random.key(0), adapters.remove(tree.merge(*part), old), sites)
     values = {name: {"a": a, "b": b, "scale": np.float32(1)} for name, (a, b) in layers.items()}
     return method, adapters.filled(method, made, sites, values)
 

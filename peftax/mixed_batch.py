@@ -71,7 +71,7 @@ def mixed_batch(several: Sequence[tuple[Method, Partition]], sites: Sites) -> tu
         raise ValueError(f"mixed_batch: {experts[0]!r} holds a stack of experts, which are given no rows of the batch")
     mixed = _method(ranks, widest, gains=dora)
     old, part = several[0]
-    base, _ = tree.split(tree.merge(*part), lambda path: adapters.is_theta(path, old))
+    base = adapters.remove(tree.merge(*part), old)
     made = mixed.init(jax.random.key(0), base, sites)
     values = {n: _joined([x.get(n) for x in each]) for n, own in ranks.items() if any(own)}
     if dora:
