@@ -218,4 +218,6 @@ def test_trains_as_peft(base, case, tmp_path, monkeypatch):
     own = load_file(tmp_path / "own_e" / adapters.TENSORS)
     for key, value in expected.items():
         moved = np.linalg.norm(value - start[key])
-        assert not moved or np.linalg.norm(own[key] - value) <= 1e-2 * moved, f"{key} after {STEPS} steps"
+        assert key in own or not moved, key  # PEFT repeats what sites share
+        off = np.linalg.norm(own.get(key, value) - value)
+        assert off <= 1e-2 * moved + 1e-6 * np.linalg.norm(value), f"{key} after {STEPS} steps"
