@@ -71,7 +71,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     def objective(apply, params, batch, ctx):
         return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
 
-    dropout = any(value for key, value in tree.flatten(config["method"]).items() if key.endswith("dropout"))
+    dropout = setup.drops(config["method"])
     penalty = run.method.penalty
     step_fn = make_step(
         run.apply,

@@ -76,7 +76,7 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     batch = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "positions")}
     batch["segment_ids"] = batch["tokens"]
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    dropout = any(value for key, value in tree.flatten(config["method"]).items() if key.endswith("dropout"))
+    dropout = setup.drops(config["method"])
 
     def total(trainable, frozen, batch):
         ctx = Ctx(key=jax.random.key(0)) if dropout else None

@@ -180,15 +180,17 @@ class Run:
 
 def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
     """`config.method` as a method; text in it, also of a chain's parts, becomes the ids of the base's tokenizer."""
-    known = {} if base.tokenizer is None else base.tokenizer.get_vocab()
 
     def to_id(token: int | str) -> int:
-        if isinstance(token, str) and token not in known:
+        if not isinstance(token, str):
+            return token
+        known = {} if base.tokenizer is None else base.tokenizer.get_vocab()
+        if token not in known:
             raise ValueError(
                 f"config.method.tokens: {token!r} is no token of {base.path}; config.model.new_tokens adds it; "
                 f"the nearest: {tree.nearest(token, known)}"
             )
-        return known[token] if isinstance(token, str) else token
+        return known[token]
 
     def spelled(own: Mapping[str, Any]) -> dict[str, Any]:
         own = {k: spelled(v) if isinstance(v, Mapping) and k in parts else v for k, v in own.items()}
@@ -208,6 +210,11 @@ def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
                 f"{part}: init {start!r} works alone, not in {settings['name']!r}; start the chain otherwise"
             )
     return methods.make(**spelled(settings))
+
+
+def drops(settings: Mapping[str, Any]) -> bool:
+    """Does `config.method`, or a part of its chain, have a dropout that acts?"""
+    return any(value for key, value in tree.flatten(settings).items() if key.endswith("dropout"))
 
 
 def start(
