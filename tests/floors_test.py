@@ -13,6 +13,7 @@ FLOORS = {
     "data": 1,
     "core": 1,
     "methods/inits": 2,
+    "machines": 2,
     "sharding": 2,
     "methods": 3,
     "weights": 4,

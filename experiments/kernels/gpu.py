@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from peftax import machines
 from peftax.ops.qtensor import QTensor
-from tests.aot import machines
 
 KERNELS = {"a100_80gb": ("triton",), "h100": ("triton", "mosaic_gpu")}
 SHAPES = (  # K, N of the linears of Llama-3.1-8B and of the 70B

@@ -35,9 +35,9 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
+from peftax import machines  # noqa: E402
 from peftax.ops.kernels import tpu  # noqa: E402
 from peftax.ops.qtensor import LEVELS, QTensor  # noqa: E402
-from tests.aot import machines  # noqa: E402
 
 
 class Chip(NamedTuple):

@@ -22,9 +22,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
+from peftax import machines  # noqa: E402
 from peftax.ops.kernels import xla  # noqa: E402
 from peftax.ops.quantize import quantize  # noqa: E402
-from tests.aot import machines  # noqa: E402
 
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
 SIZE = 4096

@@ -4,8 +4,9 @@ import jax
 import pytest
 from jax.experimental import serialize_executable
 
+from peftax import machines
 from peftax.core import tree
-from tests.aot import machines, programs
+from tests.aot import programs
 
 pytestmark = pytest.mark.aot
 

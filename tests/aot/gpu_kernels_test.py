@@ -4,8 +4,8 @@ import pytest
 
 from experiments.kernels import gpu
 from experiments.kernels.gpu import Case
+from peftax import machines
 from peftax.ops.kernels import triton
-from tests.aot import machines
 
 pytestmark = pytest.mark.aot
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from peftax import machines
 from peftax.core import tree
-from tests.aot import machines
 from tests.aot.programs import LLAMA_8B, LLAMA_70B, Program
 
 pytestmark = pytest.mark.aot

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.aot import machines
+from peftax import machines
 
 pytestmark = [
     pytest.mark.aot,

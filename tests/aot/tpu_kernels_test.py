@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from peftax import machines
 from peftax.ops.kernels import tpu
 from peftax.ops.qtensor import LEVELS, QTensor
-from tests.aot import machines
 
 pytestmark = [
     pytest.mark.aot,
