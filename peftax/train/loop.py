@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,8 +24,8 @@ from rich.table import Table
 from peftax import weights
 from peftax.core import quantization, tree
 from peftax.core import sites as core_sites
-from peftax.train import evaluate, loss, memory, optimizers, setup, writers
-from peftax.train.step import State, make_step, state_shardings
+from peftax.train import evaluate, memory, programs, setup, writers
+from peftax.train.step import State
 from peftax.weights import source
 from peftax.weights.checkpoint import Checkpoints
 
@@ -61,37 +60,14 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     show(run)
 
     # --- optimizer and step -----------------------------------------------------------------------
-    optimizer, schedule = optimizers.from_config(
-        config["optimizer"], steps=c["steps"], method=run.method, sites=base.sites
-    )
-    state = jax.eval_shape(lambda t: State.create(t, optimizer), run.part.trainable)
-    trainable_places = base.places(run.part.trainable, run.method)
-    places = state_shardings(state, trainable_places, optimizer, NamedSharding(base.mesh, PartitionSpec()))
-
-    def objective(apply, params, batch, ctx):
-        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
-
-    dropout = setup.drops(config["method"])
-    penalty = run.method.penalty
-    step_fn = make_step(
-        run.apply,
-        objective,
-        optimizer,
-        accumulate=c["accumulate"],
-        dropout_seed=c["dropout_seed"] if dropout else None,
-        penalty=None if penalty is None else lambda params: penalty(params, base.sites),
-        shardings=places,
-    )
-    rows = PartitionSpec(("data", "fsdp"))
-    lead = PartitionSpec(None, *rows) if c["accumulate"] > 1 else rows
-    on_mesh = NamedSharding(base.mesh, lead)
+    program = programs.training(run, config)
 
     # --- begin, or go on ------------------------------------------------------------------------
     fingerprint = weights.fingerprint(base.params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c["keep"])
     theta = _not_base(run)
     theta_places = tree.flatten(base.places(tree.unflatten(theta), run.method))
-    like = {"state": _placed(state, places), "frozen": _placed(theta, theta_places)}
+    like = {"state": program.state, "frozen": programs.placed(theta, theta_places)}
     if (found := checkpoints.restore(like, base=fingerprint)) is not None:
         start, arrays, facts = found
         state = arrays["state"]
@@ -102,7 +78,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         start, facts = 0, {"best": None}
         data_start = data_start or setup.calibrate(base, config, batches)  # killed before its first checkpoint
         run = setup.start(base, settings, seed=c["init_seed"], warm_start=config["warm_start"], found=data_start)
-        state = jax.device_put(State.create(run.part.trainable, optimizer), places)
+        state = jax.device_put(State.create(run.part.trainable, program.optimizer), program.places)
     frozen, frozen_theta = run.part.frozen, _not_base(run)
 
     if not claimed:
@@ -142,8 +118,8 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         for step in range(start + 1, c["steps"] + 1):
             began = time.perf_counter()
             position = batches.get_state()["next"]
-            batch = {k: jax.device_put(v, on_mesh) for k, v in next(batches).items()}
-            state, metrics = step_fn(state, frozen, batch)
+            batch = {k: jax.device_put(v, program.rows) for k, v in next(batches).items()}
+            state, metrics = program.step(state, frozen, batch)
             last = {k: float(v) for k, v in jax.device_get(metrics).items()}
             if not last.pop("finite"):
                 raise FloatingPointError(
@@ -153,7 +129,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                 )
             seconds = time.perf_counter() - began
             if step % c["log_every"] == 0 or step == c["steps"]:
-                metrics_to.write(step, {**last, "learning_rate": float(schedule(step - 1))})
+                metrics_to.write(step, {**last, "learning_rate": float(program.schedule(step - 1))})
                 tokens = int(np.prod(batch["tokens"].shape))
                 timings_to.write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
             if step % c["eval_every"] == 0 or step == c["steps"]:
@@ -195,10 +171,6 @@ def show(run: setup.Run, console: Console | None = None) -> None:
     console.print(table)
     if any(map(tree.is_packed, tree.flatten(run.base.params).values())):
         console.print(quantization.report(tree.unpacked(run.base.params), run.base.params), soft_wrap=True)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
 
 
 def _not_base(run: setup.Run) -> dict[str, Any]:
