@@ -187,7 +187,7 @@ def inspect(args) -> None:
 
 
 def plan(args) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine that it is for is not this one
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the machine that it is for is not this one
     from rich.console import Console
 
     from peftax import machines, recipe

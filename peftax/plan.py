@@ -79,8 +79,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step at the machine's peaks: the slowest of its bounds."""
-        return max(self.programs["step"].bounds.values())
+        """Of a step at the machine's peaks: the slowest of its bounds; 0 where the machine's peaks are unknown."""
+        return max(self.programs["step"].bounds.values(), default=0.0)
 
 
 def plan(
@@ -124,14 +124,14 @@ def plan(
         fits=peak + RESERVE <= machine.kind.memory,
         tokens=per_step,
     )
-    if tokens is None or "step" not in found:
+    if tokens is None or not done.seconds:
         return done
     return dataclasses.replace(done, epoch=epoch(done, machine, tokens, price))
 
 
 def sketch(config: Mapping[str, Any], machine: machines.Machine) -> setup.Run:
     """The run in shapes, on devices that are not here."""
-    files = outlines.outline(config["model"]["path"])
+    files = outlines.outline(setup.resolve(config["model"]["path"]))
     model = {k: v for k, v in config["model"].items() if k != "revision"}
     base = setup.outline(**model, mesh=config["mesh"], files=files, devices=machine.devices())
     return setup.sketch(base, config["method"])
@@ -159,8 +159,14 @@ def _compiled(
     seconds = time.perf_counter() - began
     parts, moved = machines.memory(compiled), cost.traffic(compiled)
     beside = _optimizer(run, config) if name == "evaluate" else 0  # it waits there for the next step
-    kind = machine.kind
+    kind, bounds = machine.kind, {}
     link = kind.link if machine.hosts == 1 or kind.platform == "tpu" else kind.network
+    if kind.flops:
+        bounds = {
+            "compute": operations / machine.count / kind.flops,
+            "memory": moved.memory / kind.bandwidth,
+            "interconnect": sum(moved.messages.values()) / link,
+        }
     return Program(
         name=name,
         bytes=parts["bytes"] + beside,
@@ -168,11 +174,7 @@ def _compiled(
         flops=operations,
         traffic=moved.memory,
         messages=moved.messages,
-        bounds={
-            "compute": operations / machine.count / kind.flops,
-            "memory": moved.memory / kind.bandwidth,
-            "interconnect": sum(moved.messages.values()) / link,
-        },
+        bounds=bounds,
         compiled=seconds,
     )
 
@@ -286,9 +288,10 @@ def show(done: Plan, console: Console) -> None:
         "memory": f"{memory.size(step.traffic)} a device",
         "interconnect": f"{memory.size(moved)} a device",
     }
-    for what, seconds in step.bounds.items():
-        rate = f"{done.tokens / seconds:,.0f}" if seconds else ""
-        table.add_row(what, amounts[what], f"{seconds:.3f}", rate)
+    for what, amount in amounts.items():
+        seconds = step.bounds.get(what, 0.0)
+        at_peak = (f"{seconds:.3f}", f"{done.tokens / seconds:,.0f}") if seconds else ("", "")
+        table.add_row(what, amount, *at_peak)
     for kind, n in step.messages.items():
         table.add_row(f"  {kind}", memory.size(n), "", "", style="dim")
     console.print(table)
@@ -316,9 +319,9 @@ def show_search(config: Mapping[str, Any], found: Sequence[tuple[dict[str, Any],
         table.add_column(column, justify="left" if column == "give" else "right")
     for changed, done in found:
         step = done.programs["step"]
-        bound = max(step.bounds, key=step.bounds.__getitem__)
+        bound = max(step.bounds, key=step.bounds.__getitem__, default="")
         flags = " ".join(f"--config.{key}={value}" for key, value in differs(config, changed).items())
-        table.add_row(memory.size(done.peak), f"{done.tokens / done.seconds:,.0f}", bound, flags)
+        table.add_row(memory.size(done.peak), f"{done.tokens / done.seconds:,.0f}" if bound else "", bound, flags)
     console.print(table)
 
 

@@ -38,6 +38,10 @@ class Machine:
 
     def devices(self) -> list[jax.Device]:
         """Raises ValueError that says what to install where its compiler is missing."""
+        if self.kind.platform == "cpu":
+            if len(found := jax.devices("cpu")) < self.count:
+                raise ValueError(f"{self.name}: there are {len(found)}; set JAX_NUM_CPU_DEVICES={self.count}")
+            return found[: self.count]
         if why := missing(self.kind.platform):
             raise ValueError(f"{self.name}: {why}")
         if self.kind.platform == "tpu":
@@ -47,7 +51,7 @@ class Machine:
 
 def named(name: str) -> Machine:
     """The machine of a name: "a100-80gb:1" and "h100:16" (GPUs, eight a host), "v5e-16" (a TPU slice as clouds name
-    it), "v5p:2x2x4" (its topology).
+    it), "v5p:2x2x4" (its topology), "cpu:1" (this one, its devices sharing the memory).
     """
     kind, mark, size = name.partition(":")
     if not mark and (whole := name.rpartition("-"))[0] in SLICES:
@@ -67,6 +71,8 @@ def named(name: str) -> Machine:
             raise ValueError(f"no machine {name!r}: want {likes}{kind}:{'4x4' if flat else '2x2x1'}, its topology")
         chips = math.prod(map(int, sides))
         return Machine(name, figures, chips * figures.cores, f"{kind}:{shape}")
+    if figures.platform == "cpu" and size.isdigit() and int(size):
+        return Machine(name, dataclasses.replace(figures, memory=figures.memory // int(size)), int(size))
     if not size.isdigit() or not int(size) or (int(size) > 8 and int(size) % 8):
         raise ValueError(f"no machine {name!r}: want {kind}:N, N of 1 to 8 or a multiple of 8")
     return Machine(name, figures, int(size))

@@ -10,6 +10,7 @@ one port of 200 (A100) or 400 Gb/s a GPU, as in DGX systems.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 GIB = 1 << 30
 
@@ -19,7 +20,7 @@ class Kind:
     """One device.
 
     memory:    bytes that a program may use.
-    flops:     bf16 operations a second.
+    flops:     bf16 operations a second; 0, as the next three: nobody knows.
     bandwidth: bytes a second between its memory and its cores.
     link:      bytes a second that reach it from the others of its host or slice.
     network:   bytes a second that reach it from another host, where these have no links.
@@ -49,6 +50,7 @@ KINDS = {
     "a100-80gb": Kind("cuda", 85_100_068_864, 3.12e14, 2.039e12, 3.0e11, 2.5e10, 8, "a100_80gb"),
     "h100": Kind("cuda", 84_942_979_072, 9.89e14, 3.352e12, 4.5e11, 5.0e10, 8, "h100"),
     "h200": Kind("cuda", 151_397_597_184, 9.89e14, 4.8e12, 4.5e11, 5.0e10, 8, "h200"),
+    "cpu": Kind("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0, 0, 0, 0, 1 << 20),  # this one
     "b200": Kind("cuda", 191_514_411_008, 2.25e15, 7.672e12, 9.0e11, 5.0e10, 8, "b200"),
 }
 

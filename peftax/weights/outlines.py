@@ -44,6 +44,12 @@ def _mistral(hidden: int, wide: int, layers: int, vocab: int, theta: float) -> d
 
 
 KNOWN: dict[str, dict[str, Any]] = {
+    "HuggingFaceTB/SmolLM2-135M": {
+        "model_type": "llama",
+        **dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9),
+        **dict(num_key_value_heads=3, vocab_size=49152, rms_norm_eps=1e-5, rope_theta=100000.0),
+        "tie_word_embeddings": True,
+    },
     "meta-llama/Llama-3.2-1B": _llama(2048, 8192, 16, 32, factor=32.0, head_dim=64, tie_word_embeddings=True),
     "meta-llama/Llama-3.2-3B": _llama(3072, 8192, 28, 24, factor=32.0, head_dim=128, tie_word_embeddings=True),
     "meta-llama/Llama-3.1-8B": _llama(4096, 14336, 32, 32),
@@ -86,14 +92,21 @@ class Outline(Source):
 
 
 def outline(path: str) -> Outline:
-    """The shapes of a model: of a folder or file with its config.json, or of one that is KNOWN by its hub id."""
+    """The shapes of a model: of a folder or file with its config.json, of one that is KNOWN by its hub id, or of the
+    hub's config.json.
+    """
     where = Path(path).expanduser()
     file = where if where.suffix == ".json" else where / "config.json"
     if file.exists():
         return Outline(path, read_json(file))
     if (known := path.replace("Llama-3.3", "Llama-3.1").removesuffix("-Instruct")) in KNOWN:  # of the same shapes
         return Outline(path, KNOWN[known])
-    raise FileNotFoundError(
-        f"{path}: no folder with a config.json, and none of the models known by name; the nearest: "
-        f"{trees.nearest(path, KNOWN)}; or give the path of its config.json"
-    )
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        return Outline(path, read_json(hf_hub_download(path, "config.json", local_files_only=constants.HF_HUB_OFFLINE)))
+    except Exception as error:  # the hub raises many kinds
+        raise FileNotFoundError(
+            f"{path}: no folder with a config.json, not on the hub or in its cache, and none of the models known by "
+            f"name; the nearest: {trees.nearest(path, KNOWN)}; or give the path of its config.json"
+        ) from error
