@@ -44,9 +44,9 @@ def test_a_plan_adds_up(model):
     assert done.fits == (done.peak + plan.RESERVE <= done.available)
     wanted = closed_formula(LLAMA, rows=8, length=256, rank=8, remat=True)
     assert abs(step.flops - wanted) < 0.02 * wanted
-    # each device gathers 7/8 of every kernel in each of three passes, but of down_proj, whose output is not made again
-    layer, down = (kernels - 2 * 1024 * 256) // 3, 256 * 704
-    assert step.messages["all-gather"] >= 4 * 3 * (3 * layer - down) * 7 // 8
+    # each device gathers 7/8 of every kernel going forward and back; what it makes again may be had otherwise
+    layers = kernels - 2 * 1024 * 256
+    assert step.messages["all-gather"] >= 4 * 2 * layers * 7 // 8
     assert step.bounds == {} and done.epoch is None  # nobody knows this machine's peaks
 
 
@@ -61,7 +61,7 @@ def test_seconds_and_cost_at_peaks():
 
 def test_another_programs_operations(model):
     """XLA's own count, which is right where nothing is in a loop: the unrolled model on one device."""
-    config = config_of(model, ("model.scan", "False"), ("model.remat", "none"))
+    config = config_of(model, ("model.scan", "False"), ("model.remat", "none"), ("train.chunk", "256"))
     run = plan.sketch(config, machines.named("cpu:1"))
     step = programs.every(run, config)["step"]
     traced = step.run.trace(*step.args)
