@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
+    sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument(
         "--workdir",
         required=True,
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(inspect, "show a recipe's first batch, sites, counts and estimated memory; trains nothing")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
+    sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument("--rows", type=int, default=4, help="rows of the batch to show")
 
     sub = command(plan, "compile a recipe's programs for a machine that is not here: does it fit, what does it cost")
@@ -175,7 +175,7 @@ def train(args) -> None:
     from peftax import recipe
     from peftax.train import loop
 
-    config = recipe.load(args.config, args.overrides, on=args.on).to_dict()
+    config = recipe.load(args.config, args.overrides, on=args.machine).to_dict()
     print(json.dumps(loop.train(config, args.workdir)))
 
 
@@ -183,7 +183,7 @@ def inspect(args) -> None:
     from peftax import recipe
     from peftax.train import inspect as shown
 
-    shown.show(recipe.load(args.config, args.overrides, on=args.on).to_dict(), rows=args.rows)
+    shown.show(recipe.load(args.config, args.overrides, on=args.machine).to_dict(), rows=args.rows)
 
 
 def plan(args) -> None:
