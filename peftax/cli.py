@@ -112,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(ls, "runs and sweeps: status, steps, losses")
     sub.add_argument("folders", nargs="+")
 
+    sub = command(report, "a sweep as a page: tables, figures with their CSV files, Markdown, LaTeX")
+    sub.add_argument("folder", help="of the sweep")
+    sub.add_argument("--into", help="default: FOLDER/report")
+    sub.add_argument("--title")
+
     sub = command(diff, "in what two runs differ: config, versions, results")
     sub.add_argument("folders", nargs=2)
 
@@ -251,6 +256,12 @@ def ls(args) -> None:
     from peftax import results
 
     results.show(results.load(*args.folders), Console(highlight=False, soft_wrap=True))
+
+
+def report(args) -> None:
+    from peftax import report as reports
+
+    print(reports.write(args.folder, args.into, title=args.title))
 
 
 def diff(args) -> None:
