@@ -119,7 +119,8 @@ def draw_heat(data: pd.DataFrame):
         axes.set(xlabel="learning rate", ylabel="rank", title=arm)
         for (i, j), value in np.ndenumerate(grid.values):
             if np.isfinite(value):
-                axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color="black")
+                color = "white" if value > (low + high) / 2 else "black"  # on what is dark
+                axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, ax=fields, label="loss on valid")
     return figure
 
