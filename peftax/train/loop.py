@@ -48,6 +48,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
 
     # --- model, method, data ----------------------------------------------------------------------
     base = base or setup.outline(**config["model"], mesh=config["mesh"])
+    setup.check_mesh(base, config, setup.make_method(base, config["method"]))
     batches = setup.train_batches(base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
     valid = setup.valid_rows(base, config["data"])
     run = setup.sketch(base, config["method"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -398,6 +399,26 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
     rows.pop("groups", None)
     logging.info("train: %d rows of %d, %.0f%% full", len(rows["tokens"]), length, 100 * packing.fill(rows))
     return pipeline.batches(rows, batch_size=batch_size, seed=data["seed"], accumulate=accumulate)
+
+
+def check_mesh(base: Base, config: Mapping[str, Any], method: Method) -> None:
+    """Raise ValueError where the mesh does not divide the rows or the tokens of a batch."""
+    data, mesh = config["data"], base.mesh
+
+    def check(what: str, n: int, axes: Sequence[str], least: int = 1) -> None:
+        over, parts = " x ".join(f"{a}={mesh.shape[a]}" for a in axes), math.prod(mesh.shape[a] for a in axes)
+        if n % parts:
+            near = [m for m in (n // parts * parts, -(-n // parts) * parts) if m >= least]
+            raise ValueError(
+                f"{what} {n} is not divided by the mesh's {over}; nearest: {' or '.join(map(str, near))}, "
+                f"or another config.mesh"
+            )
+
+    check("config.train.batch_size", config["train"]["batch_size"], ("data", "fsdp"))
+    for name in ("train_length", "length") if data["task"] or data["valid"] else ("train_length",):
+        name = name if data[name] else "length"
+        check(f"config.data.{name}", data[name], ("sequence",))
+    check(f"{method.name} puts virtual tokens before each row, whose number", method.front, ("sequence",))
 
 
 def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
