@@ -40,6 +40,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
             return
     elif coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"--coordinator={coordinator} names no port; want HOST:PORT, of the host of process 0")
+    # JAX's own way to stop together misses a signal that comes before the first step of a run that goes on
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -75,17 +77,9 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def all_agree(yes: bool) -> bool:
-    """Do all processes say yes?"""
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(yes)))) if several() else yes
-
-
-def stopping(step: int) -> bool:
-    """Has any process met SIGTERM? All hear of it after the same step, the first that none of them has begun.
-
-    Call it after each step, the same ones everywhere.
-    """
-    return several() and multihost_utils.reached_preemption_sync_point(step)
+def anyone(yes: bool) -> bool:
+    """Does any process say yes? All have to ask, and all hear the same."""
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(yes)))) if several() else yes
 
 
 def put(tree: Any, places: Any) -> Any:

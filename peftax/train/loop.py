@@ -137,7 +137,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                 timings_to.write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
             if step % c["eval_every"] == 0 or step == c["steps"]:
                 look(step)
-            stopping = stop.after(step) and step < c["steps"]  # asked once: what comes later is for the next step
+            stopping = stop.asked() and step < c["steps"]  # asked once: what comes later is for the next step
             if step % c["save_every"] == 0 or step == c["steps"] or stopping:
                 save(step)
             progress.update(bar, advance=1, loss=last["loss"], valid=facts.get("valid") or math.nan)
@@ -240,28 +240,23 @@ def _progress() -> Progress:
 
 
 class _Stop:
-    """SIGTERM asks; the loop saves after the step it is in. Where there are several processes JAX listens for the
-    signal, and all stop after the same step.
-    """
+    """SIGTERM asks, in whichever process; the loop saves after the step it is in, everywhere the same."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._old = None
+        self._asked = False
 
-    def after(self, step: int) -> bool:
-        return self.asked or processes.stopping(step)
+    def asked(self) -> bool:
+        return processes.anyone(self._asked)
 
     def __enter__(self) -> _Stop:
-        if processes.several():
-            return self
         try:
             self._old = signal.signal(signal.SIGTERM, self._ask)
         except ValueError:  # not the main thread
-            pass
+            self._old = None
         return self
 
     def _ask(self, *_: Any) -> None:
-        self.asked = True
+        self._asked = True
 
     def __exit__(self, *_: Any) -> None:
         if self._old is not None:

@@ -57,7 +57,7 @@ class Checkpoints:
                 if processes.lost(error):
                     raise
                 damaged[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            if not processes.all_agree(step not in damaged):
+            if processes.anyone(step in damaged):
                 damaged.setdefault(step, "another process could not read its part")
                 continue
             for bad, why in damaged.items():

@@ -200,13 +200,13 @@ def test_methods_train_as_in_one_process(together, tmp_path, name):
 @pytest.mark.slow
 def test_killed_stopped_and_gone_on_with_bit_for_bit(together, tmp_path):
     """SIGKILL of each in turn, then SIGTERM of one: what comes out is what nobody disturbed."""
-    own = {"train.steps": 400, "train.save_every": 25, "train.eval_every": 100}
+    own = {"train.steps": 120, "train.save_every": 10, "train.eval_every": 40}
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     together.finish(together.train(2, whole, **own))
     for victim in (1, 0):
         started, before = together.train(2, workdir, **own), lines(workdir)
         wait_for(started[0], lambda before=before: lines(workdir) != before)  # a resumed run cuts them first
-        at = lines(workdir) + 40
+        at = lines(workdir) + 15
         wait_for(started[0], lambda at=at: lines(workdir) >= at)
         started[victim].send_signal(signal.SIGKILL)
         other = 1 - victim
@@ -217,10 +217,12 @@ def test_killed_stopped_and_gone_on_with_bit_for_bit(together, tmp_path):
         assert victim == 0 or (code == 1 and "Traceback" not in log)
     started, before = together.train(2, workdir, **own), lines(workdir)
     wait_for(started[0], lambda: lines(workdir) != before)
+    at = lines(workdir) + 1
+    wait_for(started[0], lambda: lines(workdir) >= at)
     started[1].send_signal(signal.SIGTERM)
-    together.finish(started, 60)
+    together.finish(started, 120)
     said = json.loads(together.said(0))
-    assert said["step"] < 400 and (workdir / "checkpoints" / str(said["step"])).exists()
+    assert said["step"] < 120 and (workdir / "checkpoints" / str(said["step"])).exists()
     together.finish(together.train(2, workdir, **own))
     assert differing(workdir, whole) == [] and not list(workdir.glob(".adapter*"))
 
@@ -282,5 +284,5 @@ def test_one_process_alone_needs_nothing(monkeypatch):
     processes.start(count=1)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     processes.start()
-    assert not processes.several() and processes.first() and not processes.stopping(1)
-    assert processes.all_agree(True) and not processes.all_agree(False)
+    assert not processes.several() and processes.first()
+    assert processes.anyone(True) and not processes.anyone(False)
