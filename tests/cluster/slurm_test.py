@@ -19,8 +19,9 @@ SCRIPT = Path(__file__).parent.parent.parent / "launch" / "slurm.sh"
 STEPS = 1000
 
 
-def run(*command: object) -> str:
-    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout.strip()
+def run(*command: object, env: dict | None = None) -> str:
+    done = subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, env=env)
+    return done.stdout.strip()
 
 
 class Jobs:
