@@ -40,7 +40,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     written once.
 
     Returns:
-      {"step", "loss", "valid", "best", "adapter"}.
+      {"trainable", "step", "loss", "valid", "best", "adapter"}.
     """
     workdir = Path(workdir)
     config = dict(config)
@@ -146,6 +146,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                     logging.warning("stopped by a signal after step %d; run the same command to go on", step)
                 break
     return {
+        "trainable": core_sites.count(run.method, base.params, base.sites)["trainable"],
         "step": int(state.step),
         "loss": last.get("loss"),
         "valid": facts.get("valid"),
