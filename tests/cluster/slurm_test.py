@@ -16,7 +16,7 @@ from tests.train.kill_test import differing, lines
 
 pytestmark = pytest.mark.cluster
 SCRIPT = Path(__file__).parent.parent.parent / "launch" / "slurm.sh"
-STEPS = 1000
+STEPS = 300
 
 
 def run(*command: object, env: dict | None = None) -> str:
@@ -37,7 +37,7 @@ class Jobs:
             "train.steps": STEPS,
             "train.batch_size": 8,
             "train.eval_every": STEPS,
-            "train.save_every": 100,
+            "train.save_every": 50,
             "train.tensorboard": False,
         }
         self.folder, self.flags = folder, [f"--config.{key}={value}" for key, value in options.items()]
@@ -84,9 +84,9 @@ def test_a_job_that_is_killed_and_stopped_ends_as_an_undisturbed_one(jobs, tmp_p
     first = jobs.submit(whole)
     jobs.until(first, lambda shown: shown["JobState"] == "COMPLETED")
     job = jobs.submit(workdir)
-    jobs.until(job, lambda shown: lines(workdir) > 150)
+    jobs.until(job, lambda shown: lines(workdir) > 60)
     run("scancel", "--signal=KILL", f"{job}.0")  # all tasks of the step, not the script
-    jobs.until(job, lambda shown: shown["Restarts"] == "1" and shown["JobState"] == "RUNNING" and lines(workdir) > 250)
+    jobs.until(job, lambda shown: shown["Restarts"] == "1" and shown["JobState"] == "RUNNING" and lines(workdir) > 120)
     run("scancel", "--batch", "--signal=TERM", job)  # as --signal does when the time is nearly over
     jobs.until(job, lambda shown: shown["Restarts"] == "2" and shown["JobState"] == "COMPLETED")
     said = (jobs.folder / f"{job}.out").read_text()
