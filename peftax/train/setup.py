@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peftax import methods, models, sharding, weights
+from peftax import methods, models, processes, sharding, weights
 from peftax.core import injection, quantization, tree
 from peftax.core import rows as core_rows
 from peftax.core import sites as core_sites
@@ -58,8 +58,13 @@ class Base:
         params = weights.load(self.unread, self.params, shardings=jax.tree.map(lambda x: x.sharding, self.params))
         return dataclasses.replace(self, params=params, unread=None)
 
+    @property
+    def rows(self) -> NamedSharding:
+        """Where a batch lies."""
+        return NamedSharding(self.mesh, sharding.BATCH)
+
     def inject(self, method: Method) -> Callable:
-        rows = NamedSharding(self.mesh, sharding.BATCH) if self.mesh.size > 1 else None
+        rows = self.rows if self.mesh.size > 1 else None
         return injection.inject(self.model.apply, method, rows=rows, specs=self.specs)
 
     def places(self, half: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -68,7 +73,7 @@ class Base:
 
     def place(self, part: Partition, method: Method) -> Partition:
         """The partition on its shards; base leaves lie there already."""
-        return Partition(*(jax.tree.map(jax.device_put, half, self.places(half, method)) for half in part))
+        return Partition(*(processes.put(half, self.places(half, method)) for half in part))
 
 
 def open_base(**config: Any) -> Base:
@@ -283,12 +288,11 @@ def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) 
         return None
     c, began = dict(config["calibration"]), batches.get_state()
     mask_of, n = {True: "weights", False: "segment_ids"}[c["learned"]], c["batches"]
-    rows = NamedSharding(base.mesh, sharding.BATCH)
 
     def looks():
         for _ in range(n):
             batch = {k: v.reshape(-1, v.shape[-1]) for k, v in next(batches).items()}
-            batch = {k: jax.device_put(v, rows) for k, v in batch.items()}
+            batch = {k: processes.put(v, base.rows) for k, v in batch.items()}
             yield batch, batch[mask_of] > 0
 
     def run(apply, params, batch):
@@ -377,7 +381,8 @@ def examples(
         rows = [rows[i] for i in range(min(limit, len(rows)))]
     encoded, n = chat.encode_all(rows, base.tokenizer, length=length, policy=policy, split=split)
     told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))
-    print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
+    if processes.first():
+        print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
     return encoded
 
 

@@ -22,6 +22,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from peftax import processes
 from peftax.core import quantization
 from peftax.core import tree as trees
 from peftax.ops.qtensor import QTensor, dense
@@ -319,10 +320,11 @@ def save(
 ) -> Path:
     """Write a Hugging Face checkpoint folder; it appears under its name only when it is whole.
 
-    Weights in nf4 and fp4 are written as bitsandbytes holds them, in other formats as numbers.
+    Weights in nf4 and fp4 are written as bitsandbytes holds them, in other formats as numbers. Of several processes
+    all call it and the first writes.
 
     Args:
-      params: the tree; layers scanned or not, on any sharding this process can reach.
+      params: the tree; layers scanned or not, on any sharding.
       config: the checkpoint's config.json; dtype, architecture, untied head are brought up to date.
       into: a folder that does not exist or is empty.
       tokenizer: a transformers tokenizer to lay beside.
@@ -330,6 +332,10 @@ def save(
       max_shard_bytes: a file's limit; one tensor above it gets a file of its own.
     """
     into = Path(into)
+    if not processes.first():
+        _write_tensors(params, None, dtype, max_shard_bytes)  # hands over its shards
+        processes.wait(f"{into.name} is written")
+        return into
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise FileExistsError(f"{into}: exists; remove it or choose another folder")
     into.parent.mkdir(parents=True, exist_ok=True)
@@ -346,11 +352,12 @@ def save(
         part.replace(into)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    processes.wait(f"{into.name} is written")
     return into
 
 
-def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np.dtype:
-    """Write the shards; returns the type of the floating tensors."""
+def _write_tensors(params: trees.Tree, into: Path | None, dtype: Any, limit: int) -> np.dtype:
+    """Write the shards (None: only take part in gathering them); returns the type of the floating tensors."""
     flat, leaves = trees.flatten(params), list(names.walk(params))
     target = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
@@ -373,19 +380,23 @@ def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np
         file = file if len(shards) > 1 else source.SINGLE
         tensors = {}
         for leaf, parts in _by_leaf(shard):
-            if as_bits(flat[leaf.path]):
-                for layer in parts:
-                    own = jax.tree.map(lambda x, i=layer: x[i], flat[leaf.path]) if leaf.stacked else flat[leaf.path]
-                    tensors |= bitsandbytes.to_tensors(leaf.names[layer], own)
-                continue
-            whole = np.asarray(dense(flat[leaf.path]))
+            bits, x = as_bits(flat[leaf.path]), flat[leaf.path]
+            if not bits and not any(map(processes.spread, jax.tree.leaves(x))):
+                x = np.asarray(dense(x))
             for layer in parts:
-                own = leaf.to_file(whole[layer] if leaf.stacked else whole)
-                # save_file writes the memory as it lies: it must be contiguous
-                tensors[leaf.names[layer]] = np.ascontiguousarray(own, dtype=stored(leaf)).reshape(own.shape)
-        save_file(tensors, into / file, metadata={"format": "pt"})
+                own = jax.tree.map(lambda x, i=layer: x[i], x) if leaf.stacked else x
+                if bits:
+                    own = bitsandbytes.to_tensors(leaf.names[layer], jax.tree.map(processes.whole, own))
+                else:
+                    own = leaf.to_file(processes.whole(dense(own)))
+                    # save_file writes the memory as it lies: it must be contiguous
+                    own = {leaf.names[layer]: np.ascontiguousarray(own, dtype=stored(leaf)).reshape(own.shape)}
+                if into is not None:
+                    tensors |= own
+        if into is not None:
+            save_file(tensors, into / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
-    if len(shards) > 1:
+    if into is not None and len(shards) > 1:
         _dump(into / source.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     floats = [stored(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return floats[0] if floats else np.dtype(np.float32)
@@ -449,12 +460,13 @@ def fingerprint(params: trees.Tree) -> str:
     """A hash of every number, type and name; the same for any sharding, layers scanned or not."""
     digests = {}
     for leaf, x in zip(names.walk(params), trees.flatten(params).values(), strict=True):
-        whole = [np.asarray(part) for part in jax.tree.leaves(x)]  # of a packed weight several
+        # of a packed weight several; what lies over several processes is gathered layer by layer
+        held = [part if processes.spread(part) else np.asarray(part) for part in jax.tree.leaves(x)]
         kind = f"{leaf.dtype.name} {x.fmt}" if isinstance(x, QTensor) else leaf.dtype.name
         for layer, name in enumerate(leaf.names):
             digest = hashlib.blake2b(f"{leaf.tensor_shape} {kind}".encode())
-            for part in whole:
-                own = np.ascontiguousarray(part[layer] if leaf.stacked else part)
+            for part in held:
+                own = np.ascontiguousarray(processes.whole(part[layer] if leaf.stacked else part))
                 digest.update(own.reshape(-1).view(np.uint8))
             digests[name] = digest.hexdigest()
     return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()
