@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = []
     for word in rest:
         found = OVERRIDE.fullmatch(word)
-        if not found or args.command not in ("train", "inspect"):
+        if not found or args.command not in ("train", "inspect", "plan"):
             print(
                 f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr
             )
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
+    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument(
         "--workdir",
         required=True,
@@ -86,7 +87,19 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(inspect, "show a recipe's first batch, sites, counts and estimated memory; trains nothing")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
+    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument("--rows", type=int, default=4, help="rows of the batch to show")
+
+    sub = command(plan, "compile a recipe's programs for a machine that is not here: does it fit, what does it cost")
+    sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
+    sub.add_argument("--topology", required=True, help="the machine: a100-80gb:1, h100:8, v5e-16, v5p:2x2x4, ...")
+    sub.add_argument("--programs", nargs="+", default=(), help="only these of init, step, evaluate, merge")
+    sub.add_argument("--tokens", type=int, help="of a dataset, padding counted: time and cost of one epoch")
+    sub.add_argument("--price", type=float, help="of one device and hour")
+    sub.add_argument(
+        "--search", action="store_true", help="try meshes, batches and remat; those that fit, quickest first"
+    )
+    sub.add_argument("--json", action="store_true")
 
     sub = command(evaluate, "held-out loss of a base with or without an adapter")
     model(sub, adapter=False)
@@ -162,7 +175,7 @@ def train(args) -> None:
     from peftax import recipe
     from peftax.train import loop
 
-    config = recipe.load(args.config, args.overrides).to_dict()
+    config = recipe.load(args.config, args.overrides, on=args.on).to_dict()
     print(json.dumps(loop.train(config, args.workdir)))
 
 
@@ -170,7 +183,32 @@ def inspect(args) -> None:
     from peftax import recipe
     from peftax.train import inspect as shown
 
-    shown.show(recipe.load(args.config, args.overrides).to_dict(), rows=args.rows)
+    shown.show(recipe.load(args.config, args.overrides, on=args.on).to_dict(), rows=args.rows)
+
+
+def plan(args) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the machine that it is for is not this one
+    from rich.console import Console
+
+    from peftax import machines, recipe
+    from peftax import plan as planner
+
+    machine = machines.named(args.topology)
+    named = recipe.machines(args.config)
+    config = recipe.load(args.config, args.overrides, on=args.topology if args.topology in named else None).to_dict()
+    console = Console(highlight=False, soft_wrap=True)
+    if args.search:
+        found = planner.search(config, machine)
+        if args.json:
+            print(json.dumps([{"config": planner.differs(config, c), **planner.to_json(p)} for c, p in found]))
+        else:
+            planner.show_search(config, found, console)
+        return
+    done = planner.plan(config, machine, only=args.programs, tokens=args.tokens, price=args.price)
+    if args.json:
+        print(json.dumps(planner.to_json(done)))
+    else:
+        planner.show(done, console)
 
 
 def evaluate(args) -> None:

@@ -24,7 +24,7 @@ FLOORS = {
     "plan": 6,
     "sweep": 6,
     "report": 6,
-    "recipe": 6,
+    "recipe": 5,
     "cli": 7,
     "": 8,  # peftax/__init__.py, which re-exports
 }

@@ -89,18 +89,22 @@ def outline(
     new_rows: str = "mean",
     mesh: Mapping[str, Any] | None = None,
     adapter: str | Path | None = None,
+    files: weights.Source | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Base:
     """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`.
 
     adapter: a folder; where its tokenizer has more tokens than the base's, it takes the base's place.
+    files: what to take in place of the files at `path`: shapes alone, for one.
+    devices: of the mesh; they need not be here.
     """
     if not path:
         raise ValueError("config.model.path is empty: give a folder, a .gguf file, or a hub id")
     grid = dict(mesh or {})
     rules = grid.pop("rules", ())
-    made = sharding.make_mesh(**grid)
-    folder = resolve(path)
-    opened = weights.open(folder, revision=revision)
+    made = sharding.make_mesh(**grid, devices=devices)
+    folder = resolve(path) if files is None else path
+    opened = weights.open(folder, revision=revision) if files is None else files
     learnt = source.read_tokenizer(adapter) if adapter else None
     if learnt is not None and (own := opened.tokenizer()) is not None and len(learnt) <= len(own):
         learnt = None
