@@ -46,7 +46,8 @@ def _whole(x, w: QTensor, *, transposed: bool):
 def _tile(w: QTensor, itemsize: int, transposed: bool) -> int | None:
     """How many columns of y are made at a time: columns of w, if transposed its rows; None: all."""
     k, n = w.shape
-    unit, width, other = (max(w.group, 64), k, n) if transposed else (64, n, k)
+    unit = max(w.group, 64) if transposed and w.scale.shape[0] > 1 else 64
+    width, other = (k, n) if transposed else (n, k)
     most = TILE // (other * itemsize)
     if width <= most or width % unit:
         return None
@@ -65,7 +66,9 @@ def _in_tiles(x, w: QTensor, *, transposed: bool, tile: int):
         return jax.lax.dynamic_slice_in_dim(array, at * size, size, along)
 
     def one(at, y):
-        per = {"packed": w.per_byte, "scale": w.group, "low": w.group}
+        per = {"packed": w.per_byte}
+        if not transposed or w.scale.shape[0] > 1:  # else one group a column: of every tile
+            per |= {"scale": w.group, "low": w.group}
         arrays = {name: part(a, at, p) for name, p in per.items() if (a := getattr(w, name)) is not None}
         own = _whole(x, dataclasses.replace(w, **arrays), transposed=transposed)
         return jax.lax.dynamic_update_slice_in_dim(y, own, at * tile, 1)
