@@ -14,7 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.path = ""
     config.model.revision = None  # of a hub id: branch, tag or commit
     config.model.scan = True  # one traced layer over stacked weights (quick to compile), or every layer by itself
-    config.model.remat = "dots"  # what the backward pass makes again: "none" | "dots": all but products | "full"
+    # What the backward pass makes again: "none" | "dots": all but products | "full" | "offload": as full, and the
+    # inputs of layers wait in the host's memory.
+    config.model.remat = "dots"
     config.model.dtype = "float32"  # of activations and products
     config.model.param_dtype = "float32"  # of the frozen weights; trainable leaves are always float32
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from peftax.ops.attention import Where, attention
 from peftax.ops.product import kept
@@ -30,6 +31,12 @@ REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),  # by name: never a method's ΔW
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 NO_WINDOW = np.iinfo(np.int32).max
 DEFAULTS = {  # what a config.json leaves out is what transformers' class of that type says
@@ -90,8 +97,9 @@ def from_hf(
     Args:
       config: the parsed file.
       scan: one traced layer over stacked weights, or every layer by itself.
-      remat: "none" | "dots" | "full": what the backward pass makes again: nothing, all but the outputs of linear
-        layers and of attention, or everything in a layer.
+      remat: "none" | "dots" | "full" | "offload": what the backward pass makes again: nothing, all but the outputs of
+        linear layers and of attention, everything in a layer, or that with the layers' inputs kept in the host's
+        memory.
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
     """
@@ -282,6 +290,7 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, where: Where, rope: Rope):
         c = self.config
         h, cache = carry
+        h = checkpoint_name(h, "layer_input")
         x, cache = Attention(c, name="self_attn")(norm(c, "input_layernorm")(h), where, rope, layer, cache)
         h = h + x
         h = h + Mlp(c, name="mlp")(norm(c, "post_attention_layernorm")(h))

@@ -1,5 +1,5 @@
-"""Whole programs of a Llama with LoRA on all linear layers, in shapes: a training step, an evaluation, decoding, and
-several adapters on one base.
+"""Whole programs of a Llama with LoRA in shapes: a training step, an evaluation, decoding, and several adapters on one
+base.
 """
 
 import dataclasses
@@ -54,15 +54,17 @@ class Program:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     batch: int = 8
     length: int = 1024
+    remat: str = "full"
+    lora: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rank": 16})
 
     def __post_init__(self):
-        model = models.build(self.config, scan=True, remat="full", dtype="bfloat16", param_dtype="bfloat16")
+        model = models.build(self.config, scan=True, remat=self.remat, dtype="bfloat16", param_dtype="bfloat16")
         shapes = models.abstract(model)
         found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
         grid = sharding.make_mesh(**self.mesh, devices=self.devices)
         specs = sharding.base_specs(shapes, found, grid)
         rows = NamedSharding(grid, sharding.BATCH)
-        method = methods.make("lora", rank=16)
+        method = methods.make("lora", **self.lora)
         on_mesh = {"rows": rows, "specs": specs} if len(self.devices) > 1 else {}
         apply = injection.inject(model.apply, method, **on_mesh)
         base = quantization.quantize(shapes, self.rules, found)

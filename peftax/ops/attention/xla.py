@@ -69,8 +69,8 @@ def _forward(steps, q, k, v, where, window):
         keys, values = k[:, :, seen], v[:, :, seen]
 
         def attend(_, own, here=here, keys=keys, values=values):
-            q, at = own
-            scores = _scores(q, keys, at, here, window)
+            q, at, low = _bound(*own)
+            scores = _scores(q, keys, at, here, window, low)
             top = jnp.max(scores, axis=-1, keepdims=True)
             p = jnp.exp(scores - top)
             total = jnp.sum(p, axis=-1, keepdims=True)
@@ -85,16 +85,16 @@ def _forward(steps, q, k, v, where, window):
 
 def _backward(steps, kept, dy):
     q, k, v, where, window, y, top, total = kept
-    dy = _grouped(dy, k.shape[1])
+    dy, where, zero = jax.lax.optimization_barrier((_grouped(dy, k.shape[1]), where, jnp.float32(0)))
     inner = jnp.sum(dy.astype(jnp.float32) * y, axis=-1, keepdims=True)  # Σ_s p dp, from the short side
-    dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dqs, dk, dv = [], jnp.broadcast_to(zero, k.shape), jnp.broadcast_to(zero, v.shape)
     for queries, seen, here in _blocks(steps, where, k.shape[2]):
         keys, values = k[:, :, seen], v[:, :, seen]
 
         def back(slopes, own, here=here, keys=keys, values=values):
             dk, dv = slopes
-            (q, dy, top, total, inner), at = own
-            p = jnp.exp(_scores(q, keys, at, here, window) - top) / total
+            (q, dy, top, total, inner), at, low = _bound(*own)
+            p = jnp.exp(_scores(q, keys, at, here, window, low) - top) / total
             dp = _product("bkqh,bksh->bkqs", dy, values, jnp.float32)
             ds = (p * (dp - inner)).astype(q.dtype)
             dq = _product("bkqs,bksh->bkqh", ds, keys)
@@ -155,11 +155,17 @@ def _in_turn(step: Callable, carry: Any, queries: Any, rows: int) -> tuple[Any, 
     return carry, jax.tree.map(lambda first, rest: jnp.concatenate((first, rest), axis=3), *results)
 
 
-def _scores(q, k, at, here, window):
+def _bound(arrays: Any, at: Any) -> tuple[Any, Any, jax.Array]:
+    """These and the score of what is not seen, bound to one another: else masks, which no layer changes, are made
+    once for all layers, whole."""
+    return jax.lax.optimization_barrier((arrays, at, jnp.finfo(jnp.float32).min))
+
+
+def _scores(q, k, at, here, window, low):
     scores = _product("bkqh,bksh->bkqs", q, k, jnp.float32)
     (q_position, q_segment, q_number), (k_position, k_segment, k_number) = at, here
     mask = sees(q_position, q_segment, k_position, k_segment, window) & (k_number <= q_number)
-    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(mask, scores, low)
 
 
 def _product(formula, x, w, dtype=None):
