@@ -44,7 +44,7 @@ def main() -> None:
     base = setup.outline(**config["model"], mesh=config["mesh"])
     program = programs.training(setup.sketch(base, config["method"]), config)
     run = setup.sketch(base, config["method"])
-    batch = programs.batch(cell["rows"], cell["length"], program.rows)
+    batch = programs.batch(cell["rows"], cell["length"], program.lies)
     compiled = program.step.lower(program.state, run.part.frozen, batch).compile()
     give_back()
     before = status("VmRSS")

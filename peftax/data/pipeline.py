@@ -6,7 +6,7 @@ each other.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -90,15 +90,15 @@ class Batches(Iterator[Rows]):
         chosen = self._chosen()
         return {name: _taken(array, chosen) for name, array in self._rows.items()}
 
-    def place(self, at: jax.sharding.Sharding) -> dict[str, jax.Array]:
-        """The next batch, of which this process copies only what its own devices hold."""
+    def place(self, lies: Callable[[tuple[int, ...]], jax.sharding.Sharding]) -> dict[str, jax.Array]:
+        """The next batch, each array as `lies(its shape)` says; this process copies only what its own devices hold."""
         chosen = self._chosen()
         axes = chosen.ndim  # in front of a row's own
 
         def one(array: np.ndarray) -> jax.Array:
             shape = (*chosen.shape, *array.shape[1:])
             return jax.make_array_from_callback(
-                shape, at, lambda index: _taken(array, chosen[index[:axes]])[(..., *index[axes:])]
+                shape, lies(shape), lambda index: _taken(array, chosen[index[:axes]])[(..., *index[axes:])]
             )
 
         return {name: one(array) for name, array in self._rows.items()}

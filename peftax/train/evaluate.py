@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peftax import processes
+from peftax import processes, sharding
 from peftax.data import function_calling
 from peftax.train import loss
 
@@ -59,7 +59,8 @@ def nll(
     for batch in batches:
         grouped = grouped and "groups" in batch
         given = {k: v for k, v in batch.items() if k != "groups"}
-        given = given if at is None else processes.put(given, dict.fromkeys(given, at))
+        if at is not None:
+            given = processes.put(given, {k: sharding.of_batch(v.shape, at.mesh) for k, v in given.items()})
         losses = processes.whole(_token_losses(apply, params, given, chunk=chunk)).astype(np.float64)
         weights = np.asarray(batch["weights"], np.float64)
         segments = np.asarray(batch["segment_ids"])

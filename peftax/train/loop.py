@@ -85,7 +85,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
 
     writes = processes.first()
     if writes and not claimed:
-        _claim(workdir, config)
+        claim(workdir, config)
     if writes and data_start is not None:
         _write(workdir / CALIBRATION, settings)
     for half_written in workdir.glob(".adapter.*") if writes else ():  # by a process that was killed
@@ -113,7 +113,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         checkpoints.save(step, {"state": state, "frozen": frozen_theta}, facts)
 
     # --- steps ------------------------------------------------------------------------------------
-    stop = _Stop()
+    stop = Stop()
     last: dict[str, float] = {}
     with closing(metrics_to), closing(timings_to), closing(checkpoints), _progress() as progress, stop:
         if start == 0 and valid is not None:
@@ -122,7 +122,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         for step in range(start + 1, c["steps"] + 1):
             began = time.perf_counter()
             position = batches.get_state()["next"]
-            batch = batches.place(program.rows)
+            batch = batches.place(program.lies)
             state, metrics = program.step(state, frozen, batch)
             last = {k: float(v) for k, v in jax.device_get(metrics).items()}
             if not last.pop("finite"):
@@ -147,13 +147,18 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                     logging.warning("stopped by a signal after step %d; run the same command to go on", step)
                 break
     return {
-        "trainable": core_sites.count(run.method, base.params, base.sites)["trainable"],
+        "trainable": trainable(run),
         "step": int(state.step),
         "loss": last.get("loss"),
         "valid": facts.get("valid"),
         "best": facts["best"],
         "adapter": str(workdir / "adapter"),
     }
+
+
+def trainable(run: setup.Run) -> int:
+    """How many numbers train."""
+    return core_sites.count(run.method, run.base.params, run.base.sites)["trainable"]
 
 
 def show(run: setup.Run, console: Console | None = None) -> None:
@@ -203,7 +208,7 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Write the config into the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
     _write(workdir / "config.json", config)
@@ -241,7 +246,7 @@ def _progress() -> Progress:
     )
 
 
-class _Stop:
+class Stop:
     """SIGTERM asks, in whichever process; the loop saves after the step it is in, everywhere the same."""
 
     def __init__(self) -> None:
@@ -250,7 +255,7 @@ class _Stop:
     def asked(self) -> bool:
         return processes.anyone(self._asked)
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         try:
             self._old = signal.signal(signal.SIGTERM, self._ask)
         except ValueError:  # not the main thread

@@ -192,7 +192,10 @@ def train(
             each.set_state(position)
     for config, folder in zip(configs, folders, strict=True):
         loop.claim(folder, config)
-    schedules = [optimizers.schedule_of(m["optimizer"], m["train"]["steps"]) for m in configs]
+    schedules = [
+        optimizers.from_config(m["optimizer"], steps=c["steps"], method=r.method, sites=base.sites)[1]
+        for m, r in zip(configs, population.runs, strict=True)
+    ]
     last: list[dict[str, float]] = [{} for _ in configs]
     with ExitStack() as open_files, closing(checkpoints), loop.Stop() as stop:
         metrics_to, timings_to = (

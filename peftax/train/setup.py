@@ -292,7 +292,7 @@ def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) 
     def looks():
         for _ in range(n):
             batch = {k: v.reshape(-1, v.shape[-1]) for k, v in next(batches).items()}
-            batch = {k: processes.put(v, base.rows) for k, v in batch.items()}
+            batch = {k: processes.put(v, sharding.of_batch(v.shape, base.mesh)) for k, v in batch.items()}
             yield batch, batch[mask_of] > 0
 
     def run(apply, params, batch):

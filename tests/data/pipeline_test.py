@@ -101,6 +101,6 @@ def test_a_device_gets_the_rows_that_are_its_own(monkeypatch, accumulate):
     monkeypatch.setattr(pipeline, "_taken", lambda array, chosen: asked.append(chosen.size) or taken(array, chosen))
     placed = pipeline.batches(data, **kept)
     for batch in whole:
-        np.testing.assert_array_equal(placed.place(at)["tokens"], batch["tokens"])
+        np.testing.assert_array_equal(placed.place(lambda _: at)["tokens"], batch["tokens"])
     assert set(asked) == {2 * accumulate}
     assert (whole[-1]["tokens"] == 0).all(axis=-1).sum() == {1: 2, 2: 10}[accumulate]  # it is filled up
