@@ -128,6 +128,11 @@ def there_and_back(base, tmp_path, **settings):
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["model.norm"]},
         {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "use_rslora": True},
+        {
+            "target_modules": ["q_proj"],
+            "use_dora": True,
+            "trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [9]},
+        },
     ],
     ids=lambda s: "-".join(k for k in s if k != "target_modules") or "embed",
 )
