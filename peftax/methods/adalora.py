@@ -316,8 +316,10 @@ def _opened(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dic
 _KEYS = {"a": "lora_A", "e": "lora_E", "b": "lora_B"}
 HF = hf.Format(
     peft_type="ADALORA",
-    keys={"linear": {**_KEYS, "columns": rows.TENSOR}, "head": _KEYS, "embed": {"rows": rows.TENSOR}},
+    keys={"linear": {**_KEYS, "columns": rows.TENSOR}, "head": _KEYS, "conv": _KEYS, "embed": {"rows": rows.TENSOR}},
     straight=("rows",),
+    patches=("a",),
+    takes=lambda window: len(window) == 2,
     read=_read,
     write=_write,
     settle=_settle,

@@ -71,6 +71,7 @@ def load(
     theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
     fixed: dict[str, np.ndarray] = {}  # frozen leaves that the file holds
+    shapes = {name: site.shape for name, (site, _) in sites.by_name().items()}
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -81,6 +82,11 @@ def load(
         tensors = _unstacked(tensors, slots, piece, form, raw, folder)
         wanted = [s for s in slots if s.path in trainable or _file_key(s, piece, form)]
         for slot, value in _unpack(tensors, wanted, piece, form, trainable, method.config, folder):
+            if form is not None and form.check is not None and slot.name:
+                try:
+                    form.check(slot.leaf, value, shapes[slot.name])
+                except ValueError as error:
+                    raise ValueError(f"{folder}: {slot.leaf!r} of {slot.name!r}: {error}") from None
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
@@ -264,7 +270,7 @@ def _form(piece: Method, method: Method) -> hf.Format | None:
     if piece.name in methods.names():
         return getattr(methods.module(piece.name), "HF", None)
     form = getattr(methods.module(method.name), "HF", None)
-    own = ("settle", "pack", "unpack", "opened", "closed", "stacks")  # of the method's own leaves
+    own = ("settle", "pack", "unpack", "opened", "closed", "check", "stacks")  # of the method's own leaves
     return form and dataclasses.replace(form, inside="", **dict.fromkeys(own))
 
 
@@ -274,6 +280,8 @@ def _file_key(slot: Slot, piece: Method, form: hf.Format | None) -> str | None:
         return ".".join(filter(None, (slot.name, piece.name, slot.leaf)))
     if slot.kind == "shared":
         return form.shared.get(slot.leaf)
+    if slot.window and not form.takes(slot.window):
+        return None
     suffix = form.keys.get(slot.kind, {}).get(slot.leaf)
     return suffix and f"{PREFIX}{slot.name}.{suffix}"
 
@@ -282,6 +290,8 @@ def _to_file(value: np.ndarray, slot: Slot, piece: Method, form: hf.Format | Non
     """A leaf as the file has it."""
     if form is not None and slot.window and slot.leaf in form.windows:
         return hf.to_window(value, piece.axes[slot.leaf], slot.window)
+    if form is not None and slot.window and slot.leaf in form.patches:
+        value = hf.to_patches(value, piece.axes[slot.leaf], slot.window)
     return value if form is None or slot.leaf in form.straight or value.ndim != 2 else value.T
 
 
@@ -289,7 +299,10 @@ def _from_file(tensor: np.ndarray, slot: Slot, piece: Method, form: hf.Format | 
     """Its inverse."""
     if form is not None and slot.window and slot.leaf in form.windows:
         return hf.from_window(tensor, piece.axes[slot.leaf], slot.window)
-    return tensor if form is None or slot.leaf in form.straight or tensor.ndim != 2 else tensor.T
+    value = tensor if form is None or slot.leaf in form.straight or tensor.ndim != 2 else tensor.T
+    if form is not None and slot.window and slot.leaf in form.patches:
+        value = hf.from_patches(value, piece.axes[slot.leaf], slot.window)
+    return value
 
 
 def _pack(layers: hf.Layers, slots, piece: Method, form, trainable, config) -> dict[str, np.ndarray]:
