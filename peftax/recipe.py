@@ -6,7 +6,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,24 @@ from peftax import methods
 from peftax.core import tree
 
 
-def load(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> ml_collections.ConfigDict:
+def load(
+    name_or_path: str, overrides: Sequence[tuple[str, str]] = (), *, on: str | None = None
+) -> ml_collections.ConfigDict:
     """The config of a recipe with the method's own defaults filled in and `("method.rank", "8")` pairs applied
     in order.
 
     Choosing another method installs its defaults and drops every key of the one before.
+
+    Args:
+      on: one of the recipe's `machines`; its pairs come first.
     """
     config = _module(name_or_path).get_config()
+    if on is not None:
+        known = machines(name_or_path)
+        if on not in known:
+            there = f"it names {', '.join(known)}" if known else "it names none"
+            raise ValueError(f"recipe {name_or_path} does not say how to run on {on!r}; {there}")
+        overrides = (*known[on], *overrides)
     config.unlock()
     given = config.method.to_dict()
     config.method = ml_collections.ConfigDict(_settings(given.pop("name"), given))
@@ -30,6 +41,16 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> ml_col
         override(config, key, text)
     config.lock()
     return config
+
+
+def machines(name_or_path: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    """{machine that a recipe names: the pairs that it takes there}."""
+    return dict(getattr(_module(name_or_path), "MACHINES", {}))
+
+
+def sweep_of(name_or_path: str) -> Callable[[Callable[[Mapping[str, Any]], None]], None] | None:
+    """A recipe's `sweep(add)`, if it has one."""
+    return getattr(_module(name_or_path), "sweep", None)
 
 
 def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -86,7 +107,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def shipped() -> list[str]:
     """The names of the recipes that travel with the package."""
-    return sorted(m.name for m in pkgutil.iter_modules(_configs().__path__) if m.name != "default")
+    return sorted(m.name for m in pkgutil.iter_modules(_configs().__path__) if m.name not in ("default", "qlora"))
 
 
 def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

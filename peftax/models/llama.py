@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftax.ops.attention import Where, attention, visible
+from peftax.ops.attention import Where, attention
 from peftax.ops.product import kept
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -219,14 +219,14 @@ class Rope(NamedTuple):
 class CoreAttention(nn.Module):
     """Attention after rope, a module of its own so that methods can stand before it.
 
-    q [B, T, N, H]; k and v [B, K, S, H]; `where` says what each key is, `window` how far back this layer sees.
+    q [B, T, N, H]; k and v [B, K, S, H]; `where` says what each key is, `window` how far back this layer sees: a
+    number where all layers see as far.
     """
 
-    windowed: bool
     in_order: bool = False  # no query sees a key behind its own
 
     def __call__(self, q, k, v, where: Where, window):
-        return attention(q, k, v, visible(where, window if self.windowed else None), in_order=self.in_order)
+        return attention(q, k, v, where, window=window, in_order=self.in_order)
 
 
 class Attention(nn.Module):
@@ -257,8 +257,9 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache)
-        windowed = any(w != NO_WINDOW for w in c.windows)
-        y = CoreAttention(windowed, in_order=cache is None, name="core_attn")(q, k, v, where, layer["window"])
+        first, *others = set(c.windows)
+        window = layer["window"] if others else None if first == NO_WINDOW else first
+        y = CoreAttention(in_order=cache is None, name="core_attn")(q, k, v, where, window)
         y = y.reshape(b, t, c.heads * c.head_size)
         return product(c, c.hidden, c.output_bias, "o_proj", y), cache
 

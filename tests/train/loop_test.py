@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from peftax.train import evaluate, loop, setup, step
+from peftax.train import evaluate, loop, programs, setup, step
 from peftax.weights import adapters
 from tests.train import tiny_run
 
@@ -72,7 +72,7 @@ def test_interrupted_run_ends_bit_identical(whole, files, tmp_path, monkeypatch,
         reference = tmp_path / "reference"
         loop.train(config, reference)
 
-    real = loop.make_step
+    real = programs.make_step
     calls = []
 
     def dying(*args, **kwargs):
@@ -86,11 +86,11 @@ def test_interrupted_run_ends_bit_identical(whole, files, tmp_path, monkeypatch,
 
         return step_fn
 
-    monkeypatch.setattr(loop, "make_step", dying)
+    monkeypatch.setattr(programs, "make_step", dying)
     workdir = tmp_path / "run"
     with pytest.raises(RuntimeError):
         loop.train(config, workdir)
-    monkeypatch.setattr(loop, "make_step", real)
+    monkeypatch.setattr(programs, "make_step", real)
     loop.train(config, workdir)
     assert _lines(workdir / "metrics.jsonl") == _lines(reference / "metrics.jsonl")
     a, b = (load_file(w / "adapter" / adapters.TENSORS) for w in (workdir, reference))

@@ -1,0 +1,126 @@
+"""The programs of a run: jitted functions, and the shapes and places of what they take.
+
+A run executes them; a planner compiles them for machines that are not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftax import sharding
+from peftax.core import tree
+from peftax.train import loss, optimizers, setup
+from peftax.train.step import State, make_step, state_shardings
+
+EVALUATED = 1  # rows of an evaluation on one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The step of a config, and what goes into it.
+
+    step:   (state, frozen, batch) -> (state, metrics), jitted.
+    state:  its shapes, each with its place.
+    rows:   where a batch lies.
+    """
+
+    step: Callable
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: State
+    rows: NamedSharding
+
+    @property
+    def places(self) -> State:
+        return jax.tree.map(lambda x: x.sharding, self.state)
+
+
+def training(run: setup.Run, config: Mapping[str, Any]) -> Training:
+    """The training step of a config; `run` may be a sketch."""
+    c = config["train"]
+    optimizer, schedule = optimizers.from_config(
+        config["optimizer"], steps=c["steps"], method=run.method, sites=run.base.sites
+    )
+    state = jax.eval_shape(lambda t: State.create(t, optimizer), run.part.trainable)
+    trainable = run.base.places(run.part.trainable, run.method)
+    places = state_shardings(state, trainable, optimizer, NamedSharding(run.base.mesh, PartitionSpec()))
+
+    def objective(apply, params, batch, ctx):
+        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
+
+    penalty = run.method.penalty
+    step = make_step(
+        run.apply,
+        objective,
+        optimizer,
+        accumulate=c["accumulate"],
+        dropout_seed=c["dropout_seed"] if setup.drops(config["method"]) else None,
+        penalty=None if penalty is None else lambda params: penalty(params, run.base.sites),
+        shardings=places,
+    )
+    lead = (None,) if c["accumulate"] > 1 else ()
+    rows = NamedSharding(run.base.mesh, PartitionSpec(*lead, *sharding.BATCH))
+    return Training(step, optimizer, schedule, placed(state, places), rows)
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """Shapes that know where they lie."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+
+
+class Program(NamedTuple):
+    """A jitted function and the shapes of its arguments, each with its place."""
+
+    run: Callable
+    args: tuple[Any, ...]
+
+
+def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
+    """The programs of a config, by name: init, step, evaluate, and merge where the method folds. `run` is a sketch."""
+    made, base = training(run, config), run.base
+    whole = NamedSharding(base.mesh, PartitionSpec())
+    frozen, trainable = (placed(half, base.places(half, run.method)) for half in run.part)
+    params = tree.merge(frozen, trainable)
+    c, data = config["train"], config["data"]
+    parts = math.prod(base.mesh.shape[a] for a in jax.tree.leaves(tuple(sharding.BATCH)[:1]))
+    length = data["train_length"] or data["length"]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    own = tree.flatten(base.params)
+    fresh = {path: x.sharding for path, x in tree.flatten(params).items() if path not in own}
+
+    def init(key, params):
+        part = run.method.init(key, params, base.sites)
+        return {path: x for path, x in tree.flatten(tree.merge(*part)).items() if path in fresh}
+
+    found = {
+        "init": Program(jax.jit(init, out_shardings=fresh, keep_unused=True), (key, base.params)),
+        "step": Program(made.step, (made.state, frozen, batch(c["batch_size"], length, made.rows, c["accumulate"]))),
+        "evaluate": Program(
+            jax.jit(functools.partial(loss.token_losses, run.apply, chunk=c["chunk"])),
+            (params, batch(EVALUATED * parts, data["length"], NamedSharding(base.mesh, sharding.BATCH))),
+        ),
+    }
+    if run.method.fold is not None:
+        plain = {path: NamedSharding(base.mesh, spec) for path, spec in base.specs.items()}
+        folded = jax.eval_shape(functools.partial(run.method.fold, sites=base.sites), params)
+        places = tree.unflatten({path: plain.get(path, whole) for path in tree.flatten(folded)})
+        fold = jax.jit(lambda params: run.method.fold(params, base.sites), out_shardings=places)
+        found["merge"] = Program(fold, (params,))
+    return found
+
+
+def batch(rows: int, length: int, at: NamedSharding, accumulate: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch."""
+    shape = (accumulate, rows, length) if accumulate > 1 else (rows, length)
+    kinds = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}

@@ -1,0 +1,114 @@
+"""The planner on this machine, where its figures can be checked: tiny models, eight CPU devices."""
+
+import json
+
+import jax
+import pytest
+
+from peftax import cli, machines, plan, recipe
+from peftax.machines import cost
+from peftax.train import programs
+from tests.machines.cost_test import LLAMA, closed_formula
+
+OVERRIDES = [
+    ("method.rank", "8"),
+    ("method.targets", "all-linear"),
+    ("model.remat", "full"),
+    ("data.length", "256"),
+    ("train.batch_size", "8"),
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path)
+
+
+def config_of(model, *overrides):
+    return recipe.load("default", [("model.path", model), *OVERRIDES, *overrides]).to_dict()
+
+
+def test_a_plan_adds_up(model):
+    done = plan.plan(config_of(model), machines.named("cpu:8"), tokens=10**6, price=2.0)
+    assert set(done.programs) == {"init", "step", "evaluate", "merge"}
+    step = done.programs["step"]
+    assert done.mesh == {**done.mesh, "fsdp": 8} and done.devices == 8
+    assert sum(done.kinds.values()) == step.bytes
+    kernels = 3 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 704) + 2 * 1024 * 256
+    norms = 3 * 2 * 256 + 256
+    assert done.total == kernels + norms + done.trainable
+    assert done.kinds["base"] == (kernels // 8 + norms) * 4  # split over eight, norms are whole
+    assert done.kinds["optimizer"] >= 2 * done.trainable * 4 // 8
+    assert done.peak == max(done.programs[name].bytes for name in plan.RUNNING)
+    assert done.fits == (done.peak + plan.RESERVE <= done.available)
+    wanted = closed_formula(LLAMA, rows=8, length=256, rank=8, remat=True)
+    assert abs(step.flops - wanted) < 0.02 * wanted
+    # each device gathers 7/8 of every kernel going forward and back; what it makes again may be had otherwise
+    layers = kernels - 2 * 1024 * 256
+    assert step.messages["all-gather"] >= 4 * 2 * layers * 7 // 8
+    assert step.bounds == {} and done.epoch is None  # nobody knows this machine's peaks
+
+
+def test_seconds_and_cost_at_peaks():
+    machine = machines.named("a100-80gb:2")
+    step = plan.Program("step", 0, {}, flops=6 * 10**15, traffic=0, messages={}, bounds={"compute": 9.6}, compiled=0)
+    done = plan.Plan("", "", machine.name, 2, {}, 1, 1, {"step": step}, {}, 0, 1, True, tokens=1000)
+    found = plan.epoch(done, machine, 10**6, price=1.5)
+    hours = 6 * 10**18 / (2 * 3.12e14 * 0.5) / 3600
+    assert found["50%"] == {"hours": hours, "device_hours": 2 * hours, "cost": 3 * hours}
+
+
+def test_another_programs_operations(model):
+    """XLA's own count, which is right where nothing is in a loop: the unrolled model on one device."""
+    config = config_of(model, ("model.scan", "False"), ("model.remat", "none"), ("train.chunk", "256"))
+    run = plan.sketch(config, machines.named("cpu:1"))
+    step = programs.every(run, config)["step"]
+    traced = step.run.trace(*step.args)
+    xla = traced.lower().compile().cost_analysis()["flops"]
+    assert 0.97 < cost.flops(traced) / xla < 1.01  # XLA's has elementwise work too
+
+
+def test_a_search_ranks_what_fits(model, capsys):
+    config = config_of(model)
+    tried = plan.search(config, machines.named("cpu:4"), most=2, batches=(1, 2), remats=("full",))
+    assert len(tried) == 2 and all(done.fits for _, done in tried)
+    assert [plan.differs(config, c)["mesh.fsdp"] for c, _ in tried].count(-1) == 0
+    plan.show_search(config, tried, plan.Console(width=200))
+    assert "--config.train.batch_size=" in capsys.readouterr().out
+
+
+def test_meshes_of_a_machine():
+    assert plan.meshes(4) == [
+        {"data": 1, "fsdp": 4, "tensor": 1},
+        {"data": 1, "fsdp": 2, "tensor": 2},
+        {"data": 1, "fsdp": 1, "tensor": 4},
+    ]
+
+
+def test_the_command(model, capsys):
+    given = ["plan", "--config=default", "--topology=cpu:1", f"--config.model.path={model}", "--programs", "step"]
+    assert cli.main([*given, "--config.data.length=64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"] == "cpu:1" and found["programs"]["step"]["bytes"] == found["peak"] > 0
+    assert cli.main([*given[:2], "--topology=cpu:99", *given[3:]]) == 1
+    assert "JAX_NUM_CPU_DEVICES=99" in capsys.readouterr().err
+
+
+def test_a_model_that_nobody_knows(capsys):
+    given = ["plan", "--config=default", "--topology=cpu:1", "--config.model.path=meta-llama/Llama-4-8B"]
+    assert cli.main(given) == 1
+    assert "'meta-llama/Llama-3.1-8B'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [n for n in recipe.shipped() if n.startswith(("llama", "qwen", "mistral"))])
+def test_a_machine_that_a_recipe_names_divides_its_batch(name):
+    """In shapes: the mesh is the machine's, its batch has a row for each device that shares rows."""
+    for machine, pairs in recipe.machines(name).items():
+        config = recipe.load(name, on=machine)
+        devices = machines.named(machine).count
+        tensor = dict(pairs).get("mesh.tensor", "1")
+        assert config.train.batch_size % (devices // int(tensor)) == 0
+    with pytest.raises(ValueError, match="does not say how to run on 'v4-8'; it names"):
+        recipe.load(name, on="v4-8")
+    jax.clear_caches()
