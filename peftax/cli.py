@@ -97,9 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is going on")
         return sub
 
-    def model(sub: argparse.ArgumentParser, adapter: bool | None = True) -> None:
+    def model(sub: argparse.ArgumentParser, adapter: bool | None = True, several: bool = False) -> None:
         sub.add_argument("--base", required=True, help="Hugging Face folder, .gguf or .safetensors file, or hub id")
-        if adapter is not None:
+        if several:
+            sub.add_argument("--adapter", required=adapter, nargs="+", help="adapter folder; several: they act at once")
+            sub.add_argument("--weights", type=float, nargs="+", help="one for each adapter, also negative; default: 1")
+        elif adapter is not None:
             sub.add_argument("--adapter", required=adapter, help="adapter folder")
         sub.add_argument("--dtype", default="float32", help="of activations and products")
         sub.add_argument("--quantize", type=_literal, default=(), help="rules as in config.model.quantize")
@@ -159,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folders", nargs=2)
 
     sub = command(evaluate, "held-out loss of a base with or without an adapter")
-    model(sub, adapter=False)
+    model(sub, adapter=False, several=True)
     sub.add_argument("--data", help="file or hub name with messages, or prompt and completion")
     sub.add_argument("--split", default="test", help="split of the data or the task")
     sub.add_argument("--task", help="a task instead of data, such as function_calling: also scores generations")
@@ -168,15 +171,15 @@ def _parser() -> argparse.ArgumentParser:
     cluster(sub)
 
     sub = command(generate, "answer a prompt")
-    model(sub, adapter=False)
+    model(sub, adapter=False, several=True)
     sub.add_argument("--prompt", required=True, action="append", help="user message; may be given several times")
     sub.add_argument("--system", help="system message")
     sub.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     sub.add_argument("--max-new-tokens", type=int, default=128)
     sub.add_argument("--task-id", type=int, help="of an adapter for several tasks: which")
 
-    sub = command(merge, "fold an adapter into the weights and write a Hugging Face checkpoint")
-    model(sub)
+    sub = command(merge, "fold adapters into the weights and write a Hugging Face checkpoint")
+    model(sub, several=True)
     sub.add_argument("--into", required=True, help="folder to write")
     sub.add_argument("--pack", action="store_true", help="of a base in few bits: pack the folded kernels again")
     sub.add_argument("--data", help="file or hub name: print the loss on it before and after")
@@ -325,7 +328,7 @@ def evaluate(args) -> None:
     from peftax.train import setup
 
     base = _base(args)
-    apply, params, _ = _attached(base, args.adapter)
+    apply, params, _ = _attached(base, args)
     if args.task:
         found = setup.examples(base, args.split, length=args.length, policy="drop", task=args.task, limit=args.limit)
     elif args.data:
@@ -350,7 +353,7 @@ def generate(args) -> None:
     from peftax.train.generate import Generator
 
     base = _base(args)
-    apply, params, front = _attached(base, args.adapter, () if args.task_id is None else (args.task_id,))
+    apply, params, front = _attached(base, args, () if args.task_id is None else (args.task_id,))
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [
         chat.prompt_ids(text if args.raw else [*system, {"role": "user", "content": text}], base.tokenizer)
@@ -372,17 +375,17 @@ def generate(args) -> None:
 def merge(args) -> None:
     from peftax import weights
     from peftax.core import quantization
-    from peftax.core.method import chain
+    from peftax.core.method import chain, parts
     from peftax.data import packing
     from peftax.train import evaluate as scores
     from peftax.train import setup
 
     base = _base(args)
-    run = setup.attach(base, args.adapter)
-    if run.method.fold is None:
+    run = setup.attach(base, *args.adapter, weights=args.weights)
+    if stays := [piece.name for piece in parts(run.method) if piece.fold is None]:
         raise ValueError(
-            f"{args.adapter}: {run.method.name} is no change of weights and cannot be merged into them; serve it as "
-            "an adapter"
+            f"{' '.join(args.adapter)}: {'+'.join(stays)} is no change of weights and cannot be merged into them; "
+            "serve it as an adapter"
         )
     folded = run.method.fold(run.params, base.sites)
     if args.pack:
@@ -524,20 +527,21 @@ def _literal(text: str):
 
 
 def _base(args, adapter: str | None = None):
-    """The base, with the tables that this adapter's folder, or the command's, grew."""
+    """The base, with the tables that this adapter's folder, or the command's first, grew."""
     from peftax.train import setup
 
     adapter = args.adapter if adapter is None else adapter
+    adapter = adapter[0] if isinstance(adapter, list) else adapter
     return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=adapter)
 
 
-def _attached(base, adapter, tasks=()):
+def _attached(base, args, tasks=()):
     from peftax.core.method import chain, check_tasks
     from peftax.train import setup
 
-    if not adapter:
+    if not args.adapter:
         return base.inject(chain()), base.params, 0
-    run = setup.attach(base, adapter)
+    run = setup.attach(base, *args.adapter, weights=args.weights)
     if tasks:
         check_tasks(run.method, tasks)
     return run.apply, run.params, run.method.front

@@ -17,6 +17,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftax import methods, models, processes, sharding, weights
+from peftax.core import adapters as values
 from peftax.core import injection, quantization, tree
 from peftax.core import rows as core_rows
 from peftax.core import sites as core_sites
@@ -351,10 +352,27 @@ def resume(base: Base, outline: Run, trainable: Mapping[str, Any], theta: Mappin
     return dataclasses.replace(outline, base=base, part=base.place(part, method))
 
 
-def attach(base: Base, folder: str | Path) -> Run:
-    """The base with an adapter folder on it."""
-    method, part, raw = adapters.load(folder, base.params, base.sites)
-    return Run(base, method, base.place(part, method), base.inject(method), raw)
+def attach(base: Base, *folders: str | Path, weights: Sequence[float] | None = None) -> Run:
+    """The base with an adapter folder on it, or with several that act at once, each times its weight (1 without any).
+
+    Raises ValueError where one of several changes the base itself, which the others would see.
+    """
+    if len(folders) == 1 and weights is None:
+        method, part, raw = adapters.load(folders[0], base.params, base.sites)
+        return Run(base, method, base.place(part, method), base.inject(method), raw)
+    own, params, each = tree.flatten(base.params), base.params, []
+    for i, folder in enumerate(folders):
+        method, part, _ = adapters.load(folder, base.params, base.sites, adapter=str(i))
+        for path, x in tree.flatten(part.frozen).items():  # PEFT's file may repeat a table
+            if path in own and x is not own[path] and not jnp.array_equal(x, own[path]):
+                raise ValueError(f"{folder}: brings {path!r}, not this base's, and cannot act beside others")
+        try:
+            params = values.add(params, method, part)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        each.append(method)
+    method = values.together(*each, weights=weights)
+    return Run(base, method, base.place(Partition(params, {}), method), base.inject(method))
 
 
 def examples(
