@@ -148,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--on", default="local", help="engine: local, slurm, ray, kubernetes")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine: jobs=2")
     sub.add_argument("--retry", action="store_true", help="failed members too")
+    sub.add_argument(
+        "--together", type=int, default=8, help="members that may share a program: at most so many; 1: none"
+    )
     sub.add_argument("--dry", action="store_true", help="only say what would run")
 
     sub = command(ls, "runs and sweeps: status, steps, losses")
@@ -294,7 +297,9 @@ def sweep(args) -> int:
         if not mark:
             raise ValueError(f"--set {word!r}: want KEY=VALUE")
         settings[key] = _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
-    found = sweeps.run(args.config, args.workdir, args.overrides, on=args.on, retry=args.retry, **settings)
+    found = sweeps.run(
+        args.config, args.workdir, args.overrides, on=args.on, retry=args.retry, together=args.together, **settings
+    )
     for folder, status in found.items():
         why = f": {sweeps.error(folder)}" if status == "failed" else ""
         print(f"{status:9} {folder.name}{why}")

@@ -34,7 +34,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,20 @@ def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> li
 
 
 def run(
-    name_or_path: str, workdir: str | Path, overrides: Pairs = (), *, on: str = "local", retry: bool = False, **how
-):
+    name_or_path: str,
+    workdir: str | Path,
+    overrides: Pairs = (),
+    *,
+    on: str = "local",
+    retry: bool = False,
+    together: int = 8,
+    **how: Any,
+) -> dict[Path, str]:
     """Lay a sweep out and let an engine run the members that are not finished; failed ones only with `retry`.
 
     Args:
       on: one of ENGINES; `how` are its settings, see peftax/engines.
+      together: members that differ in learning rate, seed, alpha or rank train in one program, up to so many; 1: none.
 
     Returns:
       {folder: status}, see `status`.
@@ -151,8 +159,30 @@ def run(
         (folder / "error.txt").unlink(missing_ok=True)
     if wanted:
         submit = importlib.import_module(f"peftax.engines.{on}").submit
-        submit({folder: command(folder) for folder in wanted}, Path(workdir), **how)
+        groups = populations(wanted, together)
+        submit({group[0]: command(*group) for group in groups}, Path(workdir), **how)
     return {folder: status(folder) for folder in folders}
+
+
+def populations(folders: Sequence[Path], most: int) -> list[list[Path]]:
+    """Members that may train in one program, side by side; those that cannot, or have begun by themselves, alone."""
+    from peftax.train import population
+
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        key, begun = str(folder), folder / "environment.json"
+        if most > 1 and not (begun.exists() and "population" not in json.loads(begun.read_text())):
+            config = _config(folder)
+            if population.together([config, config]) is None:
+                fixed = {k: v for k, v in recipe.flat(config).items() if k not in population.FREE}
+                key = json.dumps(fixed, sort_keys=True)
+        groups.setdefault(key, []).append(folder)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), max(1, most))]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    said = json.loads((folder / "member.json").read_text())
+    return recipe.load(said["recipe"], [tuple(p) for p in said["overrides"]]).to_dict()
 
 
 def status(folder: Path) -> str:
@@ -174,32 +204,51 @@ def run_member(folder: str | Path) -> dict[str, Any] | None:
     from peftax.train import loop
 
     folder = Path(folder)
-    said = json.loads((folder / "member.json").read_text())
     with _held(folder / ".lock"):
         try:
-            config = recipe.load(said["recipe"], [tuple(p) for p in said["overrides"]]).to_dict()
+            config = _config(folder)
             _write(folder / "environment.json", environment())
             done = loop.train(config, folder)
         except Exception:
             (folder / "error.txt").write_text(traceback.format_exc())
             raise
-        if done["step"] < config["train"]["steps"]:
-            return None
-        timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
-        result = {
-            **{k: done[k] for k in ("trainable", "step", "loss", "valid", "best")},
-            "seconds": sum(t["seconds"] for t in timings),
-            "tokens_per_second": sorted(t["tokens_per_second"] for t in timings)[len(timings) // 2],
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            **_counted(folder / "adapter"),
-        }
-        _write(folder / "result.json", result)
+        return None if done["step"] < config["train"]["steps"] else _finish(folder, done)
+
+
+def run_together(folders: Sequence[str | Path]) -> None:
+    """Train several members in one program, or go on with them."""
+    from peftax.train import population
+
+    folders = [Path(f) for f in folders]
+    names = [f.name for f in folders]
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(_held(folder / ".lock"))
+            _write(folder / "environment.json", {**environment(), "population": names})
+        workdir = folders[0].parent / "populations" / f"{zlib.crc32(','.join(names).encode()):08x}"
+        try:
+            found = population.train([_config(f) for f in folders], folders, workdir)
+        except Exception:
+            for folder in folders:
+                (folder / "error.txt").write_text(traceback.format_exc())
+            raise
+        for folder, done in zip(folders, found, strict=True):
+            if done is not None:
+                _finish(folder, {**done, "population": len(folders)})
+
+
+def _finish(folder: Path, done: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished member's result.json."""
+    timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+    result = {
+        **{k: v for k, v in done.items() if k != "adapter"},
+        "seconds": sum(t["seconds"] for t in timings),
+        "tokens_per_second": sorted(t["tokens_per_second"] for t in timings)[len(timings) // 2],
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "adapter_bytes": sum(f.stat().st_size for f in (folder / "adapter").rglob("*.safetensors")),
+    }
+    _write(folder / "result.json", result)
     return result
-
-
-def _counted(adapter: Path) -> dict[str, int]:
-    """Bytes of the adapter's files."""
-    return {"adapter_bytes": sum(f.stat().st_size for f in adapter.rglob("*.safetensors"))}
 
 
 def environment() -> dict[str, Any]:
@@ -226,9 +275,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def command(folder: Path) -> list[str]:
-    """What starts one member as a process."""
-    return [sys.executable, "-m", "peftax.sweep", str(folder.resolve())]
+def command(*folders: Path) -> list[str]:
+    """What starts one member, or several in one program, as a process."""
+    return [sys.executable, "-m", "peftax.sweep", *(str(folder.resolve()) for folder in folders)]
 
 
 def error(folder: Path) -> str:
@@ -264,14 +313,18 @@ def _is_held(file: Path) -> bool:
     return False
 
 
-def main(folder: str) -> None:
-    """`python -m peftax.sweep FOLDER`; of a list of folders (kubernetes) the one of this pod's index."""
+def main(*folders: str) -> None:
+    """`python -m peftax.sweep FOLDER...`; of a list of groups (kubernetes) the one of this pod's index."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    path = Path(folder)
-    if path.suffix == ".json":
-        path = path.parent / json.loads(path.read_text())[int(os.environ["JOB_COMPLETION_INDEX"])]
-    run_member(path)
+    paths = [Path(f) for f in folders]
+    if paths[0].suffix == ".json":
+        group = json.loads(paths[0].read_text())[int(os.environ["JOB_COMPLETION_INDEX"])]
+        paths = [paths[0].parent / name for name in group]
+    if len(paths) == 1:
+        run_member(paths[0])
+    else:
+        run_together(paths)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -124,7 +124,7 @@ def test_a_sweep_from_its_command(here, tmp_path, one_device, capsys, monkeypatc
 
     began = []
     monkeypatch.setattr("peftax.engines.local._start", lambda c, folder, cores: began.append(folder) or _Here(folder))
-    assert cli.main(["sweep", f"--config={file}", f"--workdir={workdir}"]) == 1
+    assert cli.main(["sweep", f"--config={file}", f"--workdir={workdir}", "--together=1"]) == 1
     told = capsys.readouterr().out
     assert began == [folders[1]] and "failed    name=lora,rank=2,learning_rate=0.1,seed=0: FileNotFoundError" in told
     broken.write_text(json.dumps(said))
@@ -153,6 +153,31 @@ def test_a_sweep_from_its_command(here, tmp_path, one_device, capsys, monkeypatc
     assert cli.main(["sweep", f"--config={more}", f"--workdir={workdir}", "--dry"]) == 0
     sweep.lay_out(more, workdir)
     assert [sweep.status(f) for f in sweep.lay_out(more, workdir)].count("waiting") == 2
+
+
+def test_members_that_may_train_in_one_program(here, tmp_path, one_device):
+    """LoRA's three rates are one population, (IA)³'s another; each member's folder holds what its own run's would."""
+    file, workdir = recipe_file(here, "together"), tmp_path / "w"
+    folders = sweep.lay_out(file, workdir)
+    groups = sweep.populations(folders, 8)
+    assert groups == [folders[:3], folders[3:]]
+    assert sweep.populations(folders, 2) == [folders[:2], folders[2:3], folders[3:5], folders[5:]]
+    assert sweep.populations(folders, 1) == [[f] for f in folders]
+    sweep.main(*map(str, folders[:3]))
+    assert [sweep.status(f) for f in folders] == ["finished"] * 3 + ["waiting"] * 3
+    alone = sweep.lay_out(file, tmp_path / "alone")[1]
+    sweep.run_member(alone)
+    read = lambda f: [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
+    for mine, single in zip(read(folders[1]), read(alone), strict=True):
+        assert mine.keys() == single.keys() and mine["step"] == single["step"]
+        for key in mine.keys() - {"step"}:
+            assert mine[key] == pytest.approx(single[key], rel=1e-4), (key, mine, single)
+    one, other = (json.loads((f / "result.json").read_text()) for f in (folders[1], alone))
+    assert one["trainable"] == other["trainable"] and one["population"] == 3
+    assert one["valid"] == pytest.approx(other["valid"], rel=1e-4)
+    a, b = ((f / "adapter" / "adapter_config.json").read_text() for f in (folders[1], alone))
+    assert a == b
+    assert sweep.populations(folders[3:] + [alone], 8)[-1] == [alone]  # it began by itself
 
 
 class _Here:
@@ -190,7 +215,9 @@ def test_a_killed_member_goes_on(here, tmp_path, one_device):
 
 def test_kubernetes_gets_a_manifest(here, tmp_path, monkeypatch):
     workdir = tmp_path / "my_sweep"
-    sweep.run(recipe_file(here, "k8s"), workdir, on="kubernetes", image="peftax:1", claim="runs", parallel=3)
+    sweep.run(
+        recipe_file(here, "k8s"), workdir, on="kubernetes", together=1, image="peftax:1", claim="runs", parallel=3
+    )
     manifest = json.loads((workdir / "jobset.yaml").read_text())
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert manifest["metadata"]["name"] == "my-sweep" and (job["completions"], job["parallelism"]) == (6, 3)
@@ -199,7 +226,7 @@ def test_kubernetes_gets_a_manifest(here, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(sweep, "run_member", ran.append)
     sweep.main(str(workdir / "indices.json"))
-    assert ran == [workdir / json.loads((workdir / "indices.json").read_text())[4]]
+    assert ran == [workdir / json.loads((workdir / "indices.json").read_text())[4][0]]
 
 
 def test_engines_that_are_not_installed_say_what_to_install(here, tmp_path):

@@ -31,8 +31,10 @@ def submit(
       resources: limits of one pod, such as {"nvidia.com/gpu": 1}.
       selector: labels of nodes, such as {"cloud.google.com/gke-tpu-topology": "2x4"}.
     """
-    names = [folder.name for folder in members]
-    (workdir / "indices.json").write_text(json.dumps(names, indent=1) + "\n")
+    groups = [
+        [Path(word).name for word in command[3:]] for command in members.values()
+    ]  # behind python -m peftax.sweep
+    (workdir / "indices.json").write_text(json.dumps(groups, indent=1) + "\n")
     pod = {
         "restartPolicy": "Never",
         "containers": [
@@ -49,10 +51,10 @@ def submit(
     }
     job = {
         "completionMode": "Indexed",
-        "completions": len(names),
-        "parallelism": min(parallel, len(names)),
+        "completions": len(groups),
+        "parallelism": min(parallel, len(groups)),
         "backoffLimitPerIndex": retries,
-        "maxFailedIndexes": len(names),  # one that fails does not stop the rest
+        "maxFailedIndexes": len(groups),  # one that fails does not stop the rest
         "template": {"spec": pod},
     }
     manifest = {
