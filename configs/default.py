@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 100  # optimizer steps
-    config.train.batch_size = 4  # rows a step and accumulation part, over all devices
+    config.train.batch_size = 4  # rows a step and accumulation part, over all devices; a multiple of mesh.data x fsdp
     config.train.accumulate = 1  # parts whose gradients add up to one step
     config.train.init_seed = 0  # of the method's leaves
     config.train.dropout_seed = 0
@@ -93,5 +93,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 1  # devices that share the batch, each with all weights
     config.mesh.fsdp = -1  # devices that share batch and weights; -1: all that are left
     config.mesh.tensor = 1  # devices that share each product: columns of most kernels, rows of o_proj and down_proj
+    config.mesh.sequence = 1  # devices that share the tokens of each row, which their number divides, and weights
     config.mesh.rules = ()  # ((regex on a parameter's path, its PartitionSpec as a tuple), ...): the first match wins
     return config

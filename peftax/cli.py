@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = []
     for word in rest:
         found = OVERRIDE.fullmatch(word)
-        if not found or args.command not in ("train", "inspect", "plan"):
+        if not found or args.command not in ("train", "inspect", "plan", "sweep"):
             print(
                 f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr
             )
@@ -33,22 +34,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
     try:
+        if "coordinator" in args:
+            from peftax import processes
+
+            processes.start(args.coordinator, args.processes, args.process)
         return args.run(args) or 0
     except Exception as error:
-        full = _disk_is_full(error)
-        expected = (ValueError, KeyError, TypeError, OSError, FloatingPointError, MemoryError)
-        if args.debug or not (full or isinstance(error, expected)):
+        others, text = _others(), _explained(args, error)
+        if others is None and text is None:
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        if full:
-            where = getattr(args, "workdir", None) or getattr(args, "into", None) or "the output"
-            text = (
-                f"the disk that holds {where} is full ({str(error).splitlines()[0][:200]}): free some space and give "
-                "the same command again; what was whole there is whole"
-            )
-        notes = "".join(f" ({n})" for n in getattr(error, "__notes__", ()) if n.startswith("at site"))
-        print(f"peftax {args.command}: {text}{notes}", file=sys.stderr)
+        if text is None:
+            traceback.print_exc()
+        else:
+            print(f"peftax {args.command}: {text}", file=sys.stderr)
+        if others is not None:
+            others.end(1)
         return 1
+
+
+def _others():
+    """peftax.processes where this command is one of several processes, else None; JAX is not imported to say no."""
+    processes = sys.modules.get("peftax.processes")
+    return processes if processes is not None and processes.several() else None
+
+
+def _explained(args, error: Exception) -> str | None:
+    """An error as one line; None of one that nobody expects, or whose traceback is wanted."""
+    if args.debug:
+        return None
+    others = _others()
+    if others is not None and (text := others.lost(error)):
+        return text
+    full = _disk_is_full(error)
+    if not (full or isinstance(error, (ValueError, KeyError, TypeError, OSError, FloatingPointError, MemoryError))):
+        return None
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    if full:
+        where = getattr(args, "workdir", None) or getattr(args, "into", None) or "the output"
+        text = (
+            f"the disk that holds {where} is full ({str(error).splitlines()[0][:200]}): free some space and give "
+            "the same command again; what was whole there is whole"
+        )
+    notes = "".join(f" ({n})" for n in getattr(error, "__notes__", ()) if n.startswith("at site"))
+    return f"{text}{notes}"
 
 
 def _disk_is_full(error: BaseException) -> bool:
@@ -69,25 +97,38 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is going on")
         return sub
 
-    def model(sub: argparse.ArgumentParser, adapter: bool | None = True) -> None:
+    def model(sub: argparse.ArgumentParser, adapter: bool | None = True, several: bool = False) -> None:
         sub.add_argument("--base", required=True, help="Hugging Face folder, .gguf or .safetensors file, or hub id")
-        if adapter is not None:
+        if several:
+            sub.add_argument("--adapter", required=adapter, nargs="+", help="adapter folder; several: they act at once")
+            sub.add_argument("--weights", type=float, nargs="+", help="one for each adapter, also negative; default: 1")
+        elif adapter is not None:
             sub.add_argument("--adapter", required=adapter, help="adapter folder")
         sub.add_argument("--dtype", default="float32", help="of activations and products")
         sub.add_argument("--quantize", type=_literal, default=(), help="rules as in config.model.quantize")
 
+    def cluster(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group(
+            "several processes",
+            "found by themselves on Slurm, GKE, TPU VMs and under Open MPI; elsewhere give all three",
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        group.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
+        group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
+    sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument(
         "--workdir",
         required=True,
         help="folder of the run; the same command goes on where it was killed, or saved itself on SIGTERM (status 0)",
     )
+    cluster(sub)
 
     sub = command(inspect, "show a recipe's first batch, sites, counts and estimated memory; trains nothing")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
+    sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument("--rows", type=int, default=4, help="rows of the batch to show")
 
     sub = command(plan, "compile a recipe's programs for a machine that is not here: does it fit, what does it cost")
@@ -101,27 +142,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true")
 
+    sub = command(sweep, "run the members of a recipe's sweep; what is finished is not run again")
+    sub.add_argument("--config", required=True, help="a recipe with sweep(add): its name or a .py file")
+    sub.add_argument("--workdir", required=True, help="folder of the sweep, with one for each member")
+    sub.add_argument("--on", default="local", help="engine: local, slurm, ray, kubernetes")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine: jobs=2")
+    sub.add_argument("--retry", action="store_true", help="failed members too")
+    sub.add_argument("--dry", action="store_true", help="only say what would run")
+
+    sub = command(ls, "runs and sweeps: status, steps, losses")
+    sub.add_argument("folders", nargs="+")
+
+    sub = command(report, "a sweep as a page: tables, figures with their CSV files, Markdown, LaTeX")
+    sub.add_argument("folder", help="of the sweep")
+    sub.add_argument("--into", help="default: FOLDER/report")
+    sub.add_argument("--title")
+
+    sub = command(diff, "in what two runs differ: config, versions, results")
+    sub.add_argument("folders", nargs=2)
+
     sub = command(evaluate, "held-out loss of a base with or without an adapter")
-    model(sub, adapter=False)
+    model(sub, adapter=False, several=True)
     sub.add_argument("--data", help="file or hub name with messages, or prompt and completion")
     sub.add_argument("--split", default="test", help="split of the data or the task")
     sub.add_argument("--task", help="a task instead of data, such as function_calling: also scores generations")
     sub.add_argument("--limit", type=int, help="at most this many rows")
     sub.add_argument("--length", type=int, default=1024, help="context, tokens")
+    cluster(sub)
 
     sub = command(generate, "answer a prompt")
-    model(sub, adapter=False)
+    model(sub, adapter=False, several=True)
     sub.add_argument("--prompt", required=True, action="append", help="user message; may be given several times")
     sub.add_argument("--system", help="system message")
     sub.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     sub.add_argument("--max-new-tokens", type=int, default=128)
     sub.add_argument("--task-id", type=int, help="of an adapter for several tasks: which")
 
-    sub = command(merge, "fold an adapter into the weights and write a Hugging Face checkpoint")
-    model(sub)
+    sub = command(merge, "fold adapters into the weights and write a Hugging Face checkpoint")
+    model(sub, several=True)
     sub.add_argument("--into", required=True, help="folder to write")
     sub.add_argument("--pack", action="store_true", help="of a base in few bits: pack the folded kernels again")
     sub.add_argument("--data", help="file or hub name: print the loss on it before and after")
+    cluster(sub)
 
     sub = command(convert, "write a base, or with --adapter an adapter, as a Hugging Face folder")
     model(sub, adapter=False)
@@ -175,15 +237,23 @@ def train(args) -> None:
     from peftax import recipe
     from peftax.train import loop
 
-    config = recipe.load(args.config, args.overrides, on=args.on).to_dict()
-    print(json.dumps(loop.train(config, args.workdir)))
+    config = recipe.load(args.config, args.overrides, on=args.machine).to_dict()
+    _say(json.dumps(loop.train(config, args.workdir)))
+
+
+def _say(text: object, file=None) -> None:
+    """Print once, however many processes there are."""
+    from peftax import processes
+
+    if processes.first():
+        print(text, file=file)
 
 
 def inspect(args) -> None:
     from peftax import recipe
     from peftax.train import inspect as shown
 
-    shown.show(recipe.load(args.config, args.overrides, on=args.on).to_dict(), rows=args.rows)
+    shown.show(recipe.load(args.config, args.overrides, on=args.machine).to_dict(), rows=args.rows)
 
 
 def plan(args) -> None:
@@ -211,21 +281,62 @@ def plan(args) -> None:
         planner.show(done, console)
 
 
+def sweep(args) -> int:
+    from peftax import sweep as sweeps
+
+    if args.dry:
+        for name, overrides in sweeps.members(args.config, args.overrides).items():
+            print(name, *(f"--config.{key}={value}" for key, value in overrides))
+        return 0
+    settings = {}
+    for word in args.set:
+        key, mark, value = word.partition("=")
+        if not mark:
+            raise ValueError(f"--set {word!r}: want KEY=VALUE")
+        settings[key] = _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
+    found = sweeps.run(args.config, args.workdir, args.overrides, on=args.on, retry=args.retry, **settings)
+    for folder, status in found.items():
+        why = f": {sweeps.error(folder)}" if status == "failed" else ""
+        print(f"{status:9} {folder.name}{why}")
+    return int("failed" in found.values())
+
+
+def ls(args) -> None:
+    from rich.console import Console
+
+    from peftax import results
+
+    results.show(results.load(*args.folders), Console(highlight=False, soft_wrap=True))
+
+
+def report(args) -> None:
+    from peftax import report as reports
+
+    print(reports.write(args.folder, args.into, title=args.title))
+
+
+def diff(args) -> None:
+    from peftax import results
+
+    for key, (one, other) in results.differences(*map(Path, args.folders)).items():
+        print(f"{key}: {one!r} | {other!r}")
+
+
 def evaluate(args) -> None:
     from peftax.data import packing
     from peftax.train import evaluate as scores
     from peftax.train import setup
 
     base = _base(args)
-    apply, params, _ = _attached(base, args.adapter)
+    apply, params, _ = _attached(base, args)
     if args.task:
         found = setup.examples(base, args.split, length=args.length, policy="drop", task=args.task, limit=args.limit)
     elif args.data:
         found = _examples(base, args.data, args.split, args.limit, args.length)
     else:
         raise ValueError("give --data or --task")
-    found = scores.nll(apply, params, packing.pack(found, args.length))
-    print(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
+    found = scores.nll(apply, params, packing.pack(found, args.length), at=base.rows)
+    _say(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
 
 
 def _examples(base, data, split, limit, length):
@@ -242,7 +353,7 @@ def generate(args) -> None:
     from peftax.train.generate import Generator
 
     base = _base(args)
-    apply, params, front = _attached(base, args.adapter, () if args.task_id is None else (args.task_id,))
+    apply, params, front = _attached(base, args, () if args.task_id is None else (args.task_id,))
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [
         chat.prompt_ids(text if args.raw else [*system, {"role": "user", "content": text}], base.tokenizer)
@@ -264,27 +375,27 @@ def generate(args) -> None:
 def merge(args) -> None:
     from peftax import weights
     from peftax.core import quantization
-    from peftax.core.method import chain
+    from peftax.core.method import chain, parts
     from peftax.data import packing
     from peftax.train import evaluate as scores
     from peftax.train import setup
 
     base = _base(args)
-    run = setup.attach(base, args.adapter)
-    if run.method.fold is None:
+    run = setup.attach(base, *args.adapter, weights=args.weights)
+    if stays := [piece.name for piece in parts(run.method) if piece.fold is None]:
         raise ValueError(
-            f"{args.adapter}: {run.method.name} is no change of weights and cannot be merged into them; serve it as "
-            "an adapter"
+            f"{' '.join(args.adapter)}: {'+'.join(stays)} is no change of weights and cannot be merged into them; "
+            "serve it as an adapter"
         )
     folded = run.method.fold(run.params, base.sites)
     if args.pack:
         folded = quantization.pack_like(folded, base.params)
     if args.data:
         rows = packing.pack(_examples(base, args.data, "train", None, 1024), 1024)
-        before = scores.nll(run.apply, run.params, rows)["nll"]
-        after = scores.nll(base.inject(chain()), folded, rows)["nll"]
-        print(f"loss per token: adapted {before:.4f}, folded {after:.4f} ({after - before:+.4f})", file=sys.stderr)
-    print(weights.save(folded, base.config, args.into, tokenizer=base.tokenizer))
+        before = scores.nll(run.apply, run.params, rows, at=base.rows)["nll"]
+        after = scores.nll(base.inject(chain()), folded, rows, at=base.rows)["nll"]
+        _say(f"loss per token: adapted {before:.4f}, folded {after:.4f} ({after - before:+.4f})", file=sys.stderr)
+    _say(weights.save(folded, base.config, args.into, tokenizer=base.tokenizer))
 
 
 def convert(args) -> None:
@@ -416,20 +527,21 @@ def _literal(text: str):
 
 
 def _base(args, adapter: str | None = None):
-    """The base, with the tables that this adapter's folder, or the command's, grew."""
+    """The base, with the tables that this adapter's folder, or the command's first, grew."""
     from peftax.train import setup
 
     adapter = args.adapter if adapter is None else adapter
+    adapter = adapter[0] if isinstance(adapter, list) else adapter
     return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=adapter)
 
 
-def _attached(base, adapter, tasks=()):
+def _attached(base, args, tasks=()):
     from peftax.core.method import chain, check_tasks
     from peftax.train import setup
 
-    if not adapter:
+    if not args.adapter:
         return base.inject(chain()), base.params, 0
-    run = setup.attach(base, adapter)
+    run = setup.attach(base, *args.adapter, weights=args.weights)
     if tasks:
         check_tasks(run.method, tasks)
     return run.apply, run.params, run.method.front

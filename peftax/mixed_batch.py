@@ -2,16 +2,16 @@
 
   y_i = (x_i W + (x_i A_k) B_k) ⊙ g_k + b          k = ctx.adapters[i];  -1: y_i = x_i W + b
 
-  a     : [in, total]           the A of all adapters side by side, each of its own rank
+  a     : [total, in]           the Aᵀ of all adapters under one another, each of its own rank
   b     : [total, out]          their B under one another, times their scales
   owner : [total] int           whose rank it is
   first : [adapters] int        where each one's ranks begin
   gain  : [adapters + 1, out]   g = m / ‖W + s A B‖ of DoRA, ones elsewhere and in the last row; only with a DoRA
 
-Few tokens a row (generation): all ranks of all adapters as one product, in which a row's numbers for the ranks of
-others are set to zero. Every A and B is read once, and none is copied. Many tokens a row: each row's own ranks are
-gathered, and a batched product does no more work than with one adapter. Shapes decide which, and nothing is padded
-but what is gathered. An adapter that is no target somewhere takes no room there.
+Few adapters or few tokens a row: all ranks of all adapters as one product, in which a row's numbers for the ranks of
+others are set to zero. Every A and B is read once. Otherwise each row's own ranks are copied, and a batched product
+does no more work than with one adapter; they lie in one piece, since ranks come first in both leaves. Shapes decide
+which, and nothing is padded but what is copied. An adapter that is no target somewhere takes no room there.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from peftax.ops.product import last, matmul
 from peftax.ops.qtensor import dense
 
 AXES = {
-    "a": ("in", "total"),
+    "a": ("total", "in"),
     "b": ("total", "out"),
     "owner": ("total",),
     "first": ("adapters",),
     "gain": ("choices", "out"),
 }
-GATHERED = 64  # copying a number of A or B costs as much as this many products with one of another row's
+COPIED = 24  # copying a number of A or B costs as much as this many products with one (experiments/mixed_batch)
 
 
 def mixed_batch(several: Sequence[tuple[Method, Partition]], sites: Sites) -> tuple[Method, Partition]:
@@ -93,7 +93,7 @@ def _method(ranks: dict[str, list[int]], widest: int, *, gains: bool) -> Method:
         n_in, n_out = k.w.shape
         whole = {"owner": jnp.zeros(total, jnp.int32), "first": jnp.zeros(n, jnp.int32)}
         gain = {"gain": jnp.ones((n + 1, n_out))} if gains else {}
-        return {"frozen": {"a": jnp.zeros((n_in, total)), "b": jnp.zeros((total, n_out)), **whole, **gain}}
+        return {"frozen": {"a": jnp.zeros((total, n_in)), "b": jnp.zeros((total, n_out)), **whole, **gain}}
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         which = _rows(ctx, x)
@@ -125,17 +125,20 @@ def _rows(ctx: Ctx, x: jax.Array) -> jax.Array:
 def _update(theta, x: jax.Array, which: jax.Array, widest: int) -> jax.Array:
     """(x A_k) B_k of each row's own adapter, [..., out]."""
     a, b, owner = theta["a"], theta["b"], theta["owner"]
-    tokens = math.prod(x.shape[1:-1])
-    if jnp.issubdtype(x.dtype, jnp.integer) or tokens * a.shape[1] <= GATHERED * widest:
-        low = matmul(x, a)
+    tokens, total = math.prod(x.shape[1:-1]), len(owner)
+    widest = min(widest, total)
+    if jnp.issubdtype(x.dtype, jnp.integer) or tokens * total <= (COPIED + tokens) * widest:
+        low = matmul(x, a.T)
         mine = owner[None] == which[:, None]
         return matmul(low * mine.reshape(len(which), *(1,) * (low.ndim - 2), -1).astype(low.dtype), b)
-    ranks = theta["first"][which][:, None] + jnp.arange(widest)[None]  # those of -1 are the last adapter's, and masked
-    mine = jnp.take(owner, ranks, mode="fill", fill_value=-2) == which[:, None]
-    a_BxDxR = jnp.moveaxis(jnp.take(a, ranks, axis=1, mode="clip"), 1, 0)
-    b_BxRxO = jnp.take(b, ranks, axis=0, mode="clip") * mine[..., None].astype(b.dtype)
-    rows = x.reshape(len(which), tokens, x.shape[-1])
-    return (rows @ a_BxDxR @ b_BxRxO).reshape(*x.shape[:-1], b.shape[1])
+    start = jnp.minimum(theta["first"][which], total - widest)  # those of -1 are the last adapter's, and masked
+
+    def own(leaf):
+        return jax.vmap(lambda at: jax.lax.dynamic_slice_in_dim(leaf, at, widest))(start)
+
+    mine_Bx1xR = (own(owner) == which[:, None])[:, None]
+    low_BxTxR = x.reshape(len(which), tokens, x.shape[-1]) @ own(a).mT * mine_Bx1xR.astype(x.dtype)
+    return (low_BxTxR @ own(b)).reshape(*x.shape[:-1], b.shape[1])
 
 
 def _joined(each: Sequence[dict[str, np.ndarray] | None]) -> dict[str, np.ndarray]:
@@ -143,7 +146,7 @@ def _joined(each: Sequence[dict[str, np.ndarray] | None]) -> dict[str, np.ndarra
     here = [(i, x) for i, x in enumerate(each) if x is not None]
     ranks = [0 if x is None else x["a"].shape[1] for x in each]
     return {
-        "a": np.concatenate([x["a"] for _, x in here], axis=1),
+        "a": np.concatenate([x["a"].T for _, x in here]),
         "b": np.concatenate([x["scale"] * x["b"] for _, x in here]),
         "owner": np.repeat(np.arange(len(each), dtype=np.int32), ranks),
         "first": (np.cumsum(ranks) - ranks).astype(np.int32),

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results on stdout, one clear line where the input is wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -83,6 +84,13 @@ def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
     assert cli.main(["merge", "--base", str(base), "--adapter", adapter, "--into", str(tmp_path / "folded")]) == 0
     capsys.readouterr()
     assert loss("--base", str(tmp_path / "folded")) == pytest.approx(after, rel=1e-4)
+    thirds = ["--base", str(base), "--adapter", *[adapter] * 3, "--weights", "-1", "1.5", "0.5"]
+    assert loss(*thirds) == pytest.approx(after, rel=1e-4)
+    assert cli.main(["merge", *thirds, "--into", str(tmp_path / "added")]) == 0
+    capsys.readouterr()
+    assert loss("--base", str(tmp_path / "added")) == pytest.approx(after, rel=1e-4)
+    assert cli.main(["merge", *thirds[:-1], "--into", str(tmp_path / "n")]) == 1
+    assert "3 adapters and 2 weights" in capsys.readouterr().err
     assert cli.main(["convert", "--base", str(base), "--adapter", adapter, "--into", str(tmp_path / "again")]) == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (run / "adapter" / name).read_bytes()
@@ -115,6 +123,20 @@ def test_a_chains_folder_from_training_to_verify(files, tmp_path, capsys):
     assert note in capsys.readouterr().err
     assert cli.main(["merge", "--base", str(base), "--adapter", str(again), "--into", str(tmp_path / "m")]) == 1
     assert "prefix+adapter is no change of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        ("PROMPT_TUNING", "PROMPT_TUNING: prompt is no change of weights and cannot be merged"),
+        ("LORA_modsave_emb", "LORA_modsave_emb: lora '1' trains '.*' of the base itself .* cannot stand beside others"),
+        ("LN_TUNING", "LN_TUNING: .* trains .* of the base itself"),
+    ],
+)
+def test_what_cannot_be_merged_with_others(second, message, tmp_path, capsys):
+    pair = ["--adapter", str(GOLDEN / "LORA"), str(GOLDEN / second)]
+    assert cli.main(["merge", "--base", str(GOLDEN / "base_model.safetensors"), *pair, f"--into={tmp_path / 'n'}"]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_verify_asks_each_rows_task(capsys):

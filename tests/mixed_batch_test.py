@@ -87,9 +87,9 @@ def test_nothing_is_padded():
     _, part = mixed_batch(adapters("lora"), tiny.found())
     shapes = {p: x.shape for p, x in tree.flatten(part.frozen).items() if p.endswith("/a")}
     layers = "model/layers"
-    assert shapes[f"{layers}/self_attn/q_proj/mixed/default/a"] == (2, 24, 2 + 3)
-    assert shapes[f"{layers}/mlp/up_proj/mixed/default/a"] == (2, 24, 5)
-    assert shapes["model/embed_tokens/mixed/default/a"] == (37, 4)
+    assert shapes[f"{layers}/self_attn/q_proj/mixed/default/a"] == (2, 2 + 3, 24)
+    assert shapes[f"{layers}/mlp/up_proj/mixed/default/a"] == (2, 5, 24)
+    assert shapes["model/embed_tokens/mixed/default/a"] == (4, 37)
 
 
 def test_convolutions_and_packed_rows():

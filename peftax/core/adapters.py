@@ -34,20 +34,25 @@ def is_theta(path: str, method: Method) -> bool:
     return len(bits) > 2 and any(m.call and [m.name, m.adapter] == bits[-3:-1] for m in parts(method))
 
 
+def own_leaves(part: Partition, method: Method) -> dict[str, Any]:
+    """{path: leaf} of the method's adapter, trainable and frozen ones."""
+    return {path: x for half in part for path, x in tree.flatten(half).items() if is_theta(path, method)}
+
+
 def add(params: tree.Tree, method: Method, part: Partition) -> dict[str, Any]:
     """The tree with the adapter's leaves in it, trainable and frozen ones.
 
     Raises ValueError where the adapter changes the base itself, or the tree holds one of that name.
     """
     refuse_whole(method, part)
-    _, theta = tree.split(tree.merge(*part), lambda path: is_theta(path, method))
-    held = tree.flatten(params).keys() & tree.flatten(theta).keys()
+    theta = own_leaves(part, method)
+    held = tree.flatten(params).keys() & theta.keys()
     if held:
         raise ValueError(
             f"add: the tree holds {sorted(held)[0]!r} already; give the adapter another name (adapter=...) or "
             "remove() the one that is there"
         )
-    return tree.merge(params, theta)
+    return tree.merge(params, tree.unflatten(theta))
 
 
 def remove(params: tree.Tree, method: Method) -> dict[str, Any]:
@@ -232,8 +237,7 @@ def _layers(path: str, leaf: Any, last: str, place: Place, piece: Method, axes) 
 
 def layers(method: Method, part: Partition, sites: Sites) -> dict[str, dict[str, np.ndarray]]:
     """{Hugging Face module name: {leaf: one layer's float32 numbers, without padding}} of an adapter, on the host."""
-    flat = tree.flatten(tree.merge(*part))
-    theta = {path: np.asarray(jax.device_get(x)) for path, x in flat.items() if is_theta(path, method)}
+    theta = {path: np.asarray(jax.device_get(x)) for path, x in own_leaves(part, method).items()}
     found: dict[str, dict[str, np.ndarray]] = {}
     for piece in parts(method):
         for slot in slots(theta, piece, method, sites):
@@ -244,8 +248,7 @@ def layers(method: Method, part: Partition, sites: Sites) -> dict[str, dict[str,
 
 def filled(method: Method, part: Partition, sites: Sites, values: Mapping[str, Mapping[str, np.ndarray]]) -> Partition:
     """The partition with these numbers in its leaves; the inverse of `layers`. What is not named is zero."""
-    halves = [tree.flatten(half) for half in part]
-    theta = {path: x for half in halves for path, x in half.items() if is_theta(path, method)}
+    halves, theta = [tree.flatten(half) for half in part], own_leaves(part, method)
     new: dict[str, np.ndarray] = {}
     for piece in parts(method):
         for slot in slots(theta, piece, method, sites):

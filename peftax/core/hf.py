@@ -57,8 +57,12 @@ class Format:
     held:      keyword arguments of what trained -> of what its folder holds, where that is less (P-tuning's network).
     opened:    (the file's tensors, keyword arguments) -> tensors as `keys` names them, where a file may differ.
     closed:    its inverse: tensors as `keys` names them -> the file's.
+    check:     (leaf, one layer's numbers as the file has them, (in, out) of its kernel) -> None; raises ValueError
+               where numbers of that shape can be wrong, such as places of a kernel.
     windows:   leaves of a convolution that stand in the file as kernels of its kind: [in, r] as (r, channels, *window),
-               [r, out] as (out, r, 1, ...), [out] as (1, out, 1, ...).
+               [r, out] as (out, r, 1, ...), [out] and [1, out] as (1, out, 1, ...).
+    patches:   leaves of a convolution whose inputs the file numbers (channels, *window), where here it is the reverse.
+    takes:     does PEFT's type have a convolution of this window? Others get no file.
     stacks:    the form of stacked experts; without it each expert has tensors of its own, which only peftax reads.
     """
 
@@ -76,7 +80,10 @@ class Format:
     held: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     opened: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
     closed: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, np.ndarray]] | None = None
+    check: Callable[[str, np.ndarray, tuple[int, int]], None] | None = None
     windows: tuple[str, ...] = ()
+    patches: tuple[str, ...] = ()
+    takes: Callable[[tuple[int, ...]], bool] = lambda window: True
     stacks: Stacks | None = None
 
 
@@ -128,11 +135,11 @@ def refuse(config: Mapping[str, Any], fields: Mapping[str, str], instead: str) -
 
 
 def to_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
-    """A convolution's leaf [in, r], [r, out] or [out] as PEFT's tensor; its inputs here are (*window, channels)."""
+    """A convolution's leaf, one of Format's `windows`, as PEFT's tensor; inputs here are (*window, channels)."""
     n = len(window)
     if axes[0] == "in":
         return x.reshape(*window, -1, x.shape[1]).transpose(n + 1, n, *range(n))
-    return x.T.reshape(*x.T.shape, *(1,) * n) if len(axes) == 2 else x.reshape(1, -1, *(1,) * n)
+    return x.T.reshape(*x.T.shape, *(1,) * n) if axes[0] == "rank" else x.reshape(1, -1, *(1,) * n)
 
 
 def from_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
@@ -140,7 +147,23 @@ def from_window(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -
     n = len(window)
     if axes[0] == "in":
         return x.transpose(*range(2, n + 2), 1, 0).reshape(-1, x.shape[0])
-    return x.reshape(x.shape[:2]).T if len(axes) == 2 else x.reshape(-1)
+    return x.reshape(x.shape[:2]).T if axes[0] == "rank" else x.reshape(x.shape[: len(axes)] if axes[1:] else -1)
+
+
+def to_patches(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
+    """A leaf with its inputs (*window, channels) in PEFT's order, (channels, *window); still one axis."""
+    at = axes.index("in")
+    parts = np.moveaxis(x, at, -1)
+    turned = np.moveaxis(parts.reshape(*parts.shape[:-1], *window, -1), -1, parts.ndim - 1)
+    return np.moveaxis(turned.reshape(parts.shape), -1, at)
+
+
+def from_patches(x: np.ndarray, axes: tuple[str, ...], window: tuple[int, ...]) -> np.ndarray:
+    """Its inverse."""
+    at = axes.index("in")
+    parts = np.moveaxis(x, at, -1)
+    turned = np.moveaxis(parts.reshape(*parts.shape[:-1], -1, *window), parts.ndim - 1, -1)
+    return np.moveaxis(turned.reshape(parts.shape), -1, at)
 
 
 def in_any_order(patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

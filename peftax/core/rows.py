@@ -23,6 +23,9 @@ from peftax.ops.qtensor import dense
 
 AXES = {"rows": ("rows", "out"), "columns": ("in", "rows"), "ids": ("rows",)}
 
+# beside another method's leaves in a Hugging Face PEFT folder
+FIELD, TENSOR = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
+
 # token ids of the embedding | {module: its ids}, or pairs
 Tokens = Sequence[int] | Mapping[str, Sequence[int]] | Sequence[tuple[str, Sequence[int]]]
 
@@ -125,3 +128,14 @@ def by_table(tokens: Tokens) -> dict[str, tuple[int, ...]]:
     if not isinstance(given, Mapping):
         given = dict(given) if isinstance(given[0], tuple | list) else {"": given}
     return {module: tuple(ids) for module, ids in given.items()}
+
+
+def read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter_config.json says of tokens beside a method, as its keyword argument."""
+    return {"tokens": config.get(FIELD) or ()}
+
+
+def write(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    tables = {module: list(ids) for module, ids in by_table(config["tokens"]).items()}
+    return {FIELD: tables.get("", tables) or None}

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peftax.core import hf, lift, tree
+from peftax.core import hf, lift, rows, tree
 from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Targets
 from peftax.ops.product import last, linear, narrow
@@ -66,6 +66,7 @@ def adalora(
     exclude: str | Sequence[str] | None = None,  # the same forms; wins
     layers: int | Sequence[int] | None = None,  # layer numbers; None takes all
     bias: str = "none",  # "none" | "all" | "adalora_only": which of the base's biases train
+    tokens: rows.Tokens = (),  # ids whose rows of the embedding train too | {module: ids}; see trainable_tokens
     modules_to_save: Sequence[str] = (),  # suffixes of modules that train whole
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
@@ -139,7 +140,8 @@ def adalora(
         draws=dropout > 0,
         adapter=adapter,
     )
-    return lift.with_base(adapted, target, bias=bias, config=config)
+    trained = rows.beside("adalora", tokens, target, adapter=adapter)
+    return lift.with_base(adapted, target, bias=bias, beside=trained, config=config)
 
 
 def budget(b0: int, b1: int, total: int, first: int, final: int) -> np.ndarray:
@@ -230,7 +232,6 @@ def _allocating(
 
 
 UNSUPPORTED = {
-    "trainable_token_indices": "trainable_token_indices",
     "target_parameters": "target_parameters",
     "layer_replication": "layer_replication",
 }
@@ -246,6 +247,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         **hf.read_targets(config),
+        **rows.read(config),
         "rank": rank,
         "target_rank": min(config.get("target_r", 8), rank),
         "alpha": alpha if alpha > 0 else rank,
@@ -267,6 +269,7 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     shortest = config["first_steps"] + config["final_steps"] + 1  # PEFT wants a number
     return {
         **hf.write_targets(config),
+        **rows.write(config),
         "init_r": config["rank"],
         "target_r": config["target_rank"],
         "lora_alpha": config["alpha"],
@@ -312,5 +315,13 @@ def _opened(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dic
 
 _KEYS = {"a": "lora_A", "e": "lora_E", "b": "lora_B"}
 HF = hf.Format(
-    peft_type="ADALORA", keys={"linear": _KEYS, "head": _KEYS}, read=_read, write=_write, settle=_settle, opened=_opened
+    peft_type="ADALORA",
+    keys={"linear": {**_KEYS, "columns": rows.TENSOR}, "head": _KEYS, "conv": _KEYS, "embed": {"rows": rows.TENSOR}},
+    straight=("rows",),
+    patches=("a",),
+    takes=lambda window: len(window) == 2,
+    read=_read,
+    write=_write,
+    settle=_settle,
+    opened=_opened,
 )

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftax.core import hf, lift
+from peftax.core import hf, lift, rows
 from peftax.core.method import Ctx, Kernel, Method
 from peftax.core.targets import Patterns, Targets, low_rank
 from peftax.methods import inits
@@ -45,6 +45,7 @@ def dora(
     rank_pattern: Patterns = None,  # {regex on the end of the name: rank there}, or pairs
     alpha_pattern: Patterns = None,  # the same for alpha
     bias: str = "none",  # "none" | "all" | "dora_only": which of the base's biases train
+    tokens: rows.Tokens = (),  # ids whose rows of the embedding train too | {module: ids}; see trainable_tokens
     modules_to_save: Sequence[str] = (),  # suffixes of modules that train whole
     adapter: str = "default",  # the name its leaves lie under
 ) -> Method:
@@ -94,11 +95,13 @@ def dora(
         settings=settings,
         targets=target,
         draws=dropout > 0,
+        pads=True,
         adapter=adapter,
         needs="norms",
         keeps=True,
     )
-    return lift.with_base(adapted, target, bias=bias, config=config)
+    trained = rows.beside("dora", tokens, target, adapter=adapter)
+    return lift.with_base(adapted, target, bias=bias, beside=trained, config=config)
 
 
 @jax.custom_vjp
@@ -135,19 +138,21 @@ stretch.defvjp(_stretch_forward, _stretch_backward)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    settings = hf.read_lora(config, honours=("use_dora",))
-    return {**settings, "bias": settings["bias"].replace("lora_only", "dora_only")}
+    settings = hf.read_lora(config, honours=("use_dora", rows.FIELD))
+    return {**settings, **rows.read(config), "bias": settings["bias"].replace("lora_only", "dora_only")}
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = hf.write_lora(config)
-    return {**fields, "use_dora": True, "bias": fields["bias"].replace("dora_only", "lora_only")}
+    return {**fields, **rows.write(config), "use_dora": True, "bias": fields["bias"].replace("dora_only", "lora_only")}
 
 
+_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 HF = hf.Format(
     peft_type="LORA",
     matches=lambda config: bool(config.get("use_dora")),
-    keys=dict.fromkeys(("linear", "conv"), {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}),
+    keys={"linear": {**_KEYS, "columns": rows.TENSOR}, "conv": _KEYS, "embed": {"rows": rows.TENSOR}},
+    straight=("rows",),
     windows=("a", "b", "m"),
     read=_read,
     write=_write,

@@ -10,8 +10,7 @@ Identity at init. Trainable per site: rank (in + out).
 Learning rate: 1e-3 to 5e-3 (PEFT's MetaMathQA run: 4.5e-3).
 Source: https://openreview.net/forum?id=TwJrTz9cRS, the Hadamard update of its method section; there is no scale.
 Departs: W ⊙ A B is made anew in the backward pass, where Hugging Face PEFT keeps it and A B; on an embedding only
-the rows that are looked up are made, where PEFT makes the whole table. A convolution's file holds A and B as
-matrices, which PEFT refuses.
+the rows that are looked up are made, where PEFT makes the whole table.
 """
 
 from __future__ import annotations
@@ -83,6 +82,7 @@ def hira(
         settings=lambda name, kind: {},
         targets=target,
         draws=dropout > 0,
+        pads=True,
         adapter=adapter,
         needs="dense",
     )
@@ -117,6 +117,7 @@ HF = hf.Format(
         "head": _LINEAR,
         "embed": {"a": "hira_embedding_A", "b": "hira_embedding_B"},
     },
+    windows=("a", "b"),
     read=_read,
     write=_write,
 )

@@ -117,4 +117,11 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-HF = hf.Format(peft_type="HRA", keys={"linear": {"u": "hra_u"}, "head": {"u": "hra_u"}}, read=_read, write=_write)
+HF = hf.Format(
+    peft_type="HRA",
+    keys=dict.fromkeys(("linear", "head", "conv"), {"u": "hra_u"}),
+    patches=("u",),
+    takes=lambda window: len(window) == 2 and window[0] == window[1],
+    read=_read,
+    write=_write,
+)

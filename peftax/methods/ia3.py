@@ -78,4 +78,11 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "feedforward_modules": config["feedforward"] or [], "init_ia3_weights": True}
 
 
-HF = hf.Format(peft_type="IA3", keys={"linear": {"l_out": "ia3_l", "l_in": "ia3_l"}}, read=_read, write=_write)
+HF = hf.Format(
+    peft_type="IA3",
+    keys={"linear": {"l_out": "ia3_l", "l_in": "ia3_l"}, "conv": {"l_out": "ia3_l"}},
+    windows=("l_out",),
+    takes=lambda window: len(window) in (2, 3),
+    read=_read,
+    write=_write,
+)

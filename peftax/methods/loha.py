@@ -14,7 +14,8 @@ Learning rate: 1e-4 to 1e-3 (PEFT's MetaMathQA run: 1e-4, which learns slowly th
 Source: https://arxiv.org/abs/2108.06098, proposition 1; on top of a frozen kernel as in LyCORIS,
 https://arxiv.org/abs/2309.14859.
 Departs: where rank² (in + out) < in out, x goes through the pairs of ranks and the update is never made; else it is
-made anew in the backward pass, where Hugging Face PEFT keeps it. Linear sites only.
+made anew in the backward pass, where Hugging Face PEFT keeps it. A convolution's kernel is the matrix of its patches,
+without the third factor that use_effective_conv2d gives it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peftax.core import hf, lift
 from peftax.core.method import Ctx, Kernel, Method
@@ -57,7 +59,7 @@ def loha(
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"loha: {key} {rate} must lie in [0, 1)")
     whole = tuple(modules_to_save or ())
-    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "head"))
+    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv", "head"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:
         r = by_pattern(rank_pattern, name, rank)
@@ -104,6 +106,7 @@ def loha(
         settings=settings,
         targets=target,
         draws=dropout > 0 or module_dropout > 0,
+        pads=True,
         adapter=adapter,
     )
     return lift.with_base(adapted, target, config=config)
@@ -138,4 +141,22 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
 
 _KEYS = {"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w2_a"}
 
-HF = hf.Format(peft_type="LOHA", keys={"linear": _KEYS, "head": _KEYS}, read=_read, write=_write)
+
+def _opened(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if found := next((key for key in tensors if key.endswith(".hada_t1")), None):
+        raise hf.Unsupported(
+            f"LOHA with use_effective_conv2d (a third factor, {found!r}) is not supported; the nearest is loha of the "
+            "convolution's patches, use_effective_conv2d false"
+        )
+    return dict(tensors)
+
+
+HF = hf.Format(
+    peft_type="LOHA",
+    keys=dict.fromkeys(("linear", "head", "conv"), _KEYS),
+    patches=("a1", "a2"),
+    takes=lambda window: len(window) in (1, 2),
+    read=_read,
+    write=_write,
+    opened=_opened,
+)

@@ -126,6 +126,7 @@ def lora(
         settings=settings,
         targets=target,
         draws=dropout > 0,
+        pads=True,
         adapter=adapter,
     )
     trained = rows.beside("lora", tokens, target, adapter=adapter)
@@ -137,24 +138,23 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **hf.read_lora(
             config,
-            honours=("lora_bias", "target_parameters", "trainable_token_indices"),
+            honours=("lora_bias", "target_parameters", rows.FIELD),
             starts=("pissa", "olora"),
         ),
+        **rows.read(config),
         "parameters": tuple(config.get("target_parameters") or ()),
-        "tokens": config.get("trainable_token_indices") or (),
         "b_bias": bool(config.get("lora_bias")),
         "init": start if start in ("pissa", "olora") else "kaiming",
     }
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    tables = {module: list(ids) for module, ids in rows.by_table(config["tokens"]).items()}
     stacks = any(not p.endswith(".weight") for p in config["parameters"])
     return {
         **hf.write_lora({**config, "dropout": 0.0 if stacks else config["dropout"]}),
+        **rows.write(config),
         "target_modules": config["targets"] or [],
         "target_parameters": list(config["parameters"]) or None,
-        "trainable_token_indices": tables.get("", tables) or None,
         "lora_bias": config["b_bias"],
     }
 
@@ -240,15 +240,13 @@ def _by_parameter(config: Mapping[str, Any], experts: Mapping[str, str]) -> dict
     return {**config, **patterns, "parameters": (*named, *others)}
 
 
-_TOKENS = "token_adapter.trainable_tokens_delta"
-
 HF = hf.Format(
     peft_type="LORA",
     matches=lambda config: not config.get("use_dora"),
     keys={
-        "linear": {"a": "lora_A.weight", "b": "lora_B.weight", "c": "lora_B.bias", "columns": _TOKENS},
+        "linear": {"a": "lora_A.weight", "b": "lora_B.weight", "c": "lora_B.bias", "columns": rows.TENSOR},
         **dict.fromkeys(("conv", "head"), {"a": "lora_A.weight", "b": "lora_B.weight", "c": "lora_B.bias"}),
-        "embed": {"a": "lora_embedding_A", "b": "lora_embedding_B", "rows": _TOKENS},
+        "embed": {"a": "lora_embedding_A", "b": "lora_embedding_B", "rows": rows.TENSOR},
     },
     straight=("rows",),
     read=_read,

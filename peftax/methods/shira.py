@@ -131,6 +131,21 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check(leaf: str, value: np.ndarray, shape: tuple[int, int]) -> None:
+    if leaf != "at":
+        return
+    n_in, n_out = shape
+    outside = ((value < 0) | (value >= (n_out, n_in))).any(axis=1)
+    if outside.any():
+        raise ValueError(
+            f"the place (output, input) {tuple(value[outside][0].tolist())} is none of a kernel of {n_out} outputs and "
+            f"{n_in} inputs; does the adapter belong to another model?"
+        )
+    places, times = np.unique(value, axis=0, return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"the place (output, input) {tuple(places[times > 1][0].tolist())} stands twice")
+
+
 _KEYS = {"v": "shira_weight", "at": "shira_indices"}
 
-HF = hf.Format(peft_type="SHIRA", keys={"linear": _KEYS, "head": _KEYS}, read=_read, write=_write)
+HF = hf.Format(peft_type="SHIRA", keys={"linear": _KEYS, "head": _KEYS}, read=_read, write=_write, check=_check)

@@ -10,7 +10,8 @@
 Identity at init. Trainable: tokens times hidden.
 Learning rate: 1e-3 to 2e-1 (PEFT's MetaMathQA run, of two tokens: 2e-1; beside LoRA they train at its rate).
 Source: https://huggingface.co/docs/peft/package_reference/trainable_tokens; made for tokens that are new to the
-tokenizer, which config.model.new_tokens adds. LoRA trains such rows beside its own leaves: its `tokens`.
+tokenizer, which config.model.new_tokens adds. LoRA, DoRA and AdaLoRA train such rows beside their own:
+`tokens`.
 Departs: Hugging Face PEFT copies the table with the rows in it, at every call; here only the rows looked up are
 chosen between, so that the step makes nothing of the table's size. A head's bias stays, which PEFT leaves out.
 """

@@ -160,12 +160,18 @@ def _opened(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dic
         name = key.removesuffix(_CHOSEN)
         if name + _WEIGHTS not in tensors:
             raise ValueError(f"vblora: the file holds {key!r} and no {name + _WEIGHTS!r}")
-        weights = tensors[name + _WEIGHTS].astype(np.float64)
+        which, weights = tensors[key].astype(np.int64), tensors[name + _WEIGHTS].astype(np.float64)
+        if which.shape != (*weights.shape[:-1], weights.shape[-1] + 1):
+            raise ValueError(f"vblora: {key!r} {which.shape} does not belong to weights {weights.shape}, one less each")
+        if not 0 <= which.min() <= which.max() < config["vectors"]:
+            raise ValueError(
+                f"vblora: {key!r} chooses vectors {which.min()} to {which.max()} of a bank of {config['vectors']}"
+            )
         weights = np.maximum(np.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], -1), 0)
         with np.errstate(divide="ignore"):
             known = np.log(weights) - np.log(weights.max(-1, keepdims=True))
         logits[name] = np.full((*weights.shape[:-1], config["vectors"]), -np.inf, np.float32)
-        np.put_along_axis(logits[name], tensors[key].astype(np.int64), known.astype(np.float32), axis=-1)
+        np.put_along_axis(logits[name], which, known.astype(np.float32), axis=-1)
     return {**{k: v for k, v in tensors.items() if not k.endswith((_CHOSEN, _WEIGHTS))}, **logits}
 
 

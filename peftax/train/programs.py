@@ -30,14 +30,14 @@ class Training:
 
     step:   (state, frozen, batch) -> (state, metrics), jitted.
     state:  its shapes, each with its place.
-    rows:   where a batch lies.
+    lies:   the shape of an array of a batch -> where it lies.
     """
 
     step: Callable
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: State
-    rows: NamedSharding
+    lies: Callable[[tuple[int, ...]], NamedSharding]
 
     @property
     def places(self) -> State:
@@ -67,9 +67,8 @@ def training(run: setup.Run, config: Mapping[str, Any]) -> Training:
         penalty=None if penalty is None else lambda params: penalty(params, run.base.sites),
         shardings=places,
     )
-    lead = (None,) if c["accumulate"] > 1 else ()
-    rows = NamedSharding(run.base.mesh, PartitionSpec(*lead, *sharding.BATCH))
-    return Training(step, optimizer, schedule, placed(state, places), rows)
+    lies = functools.partial(sharding.of_batch, mesh=run.base.mesh, parts=c["accumulate"] > 1)
+    return Training(step, optimizer, schedule, placed(state, places), lies)
 
 
 def placed(shapes: Any, places: Any) -> Any:
@@ -104,10 +103,10 @@ def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
 
     found = {
         "init": Program(jax.jit(init, out_shardings=fresh, keep_unused=True), (key, base.params)),
-        "step": Program(made.step, (made.state, frozen, batch(c["batch_size"], length, made.rows, c["accumulate"]))),
+        "step": Program(made.step, (made.state, frozen, batch(c["batch_size"], length, made.lies, c["accumulate"]))),
         "evaluate": Program(
             jax.jit(functools.partial(loss.token_losses, run.apply, chunk=c["chunk"])),
-            (params, batch(EVALUATED * parts, data["length"], NamedSharding(base.mesh, sharding.BATCH))),
+            (params, batch(EVALUATED * parts, data["length"], functools.partial(sharding.of_batch, mesh=base.mesh))),
         ),
     }
     if run.method.fold is not None:
@@ -119,8 +118,10 @@ def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
     return found
 
 
-def batch(rows: int, length: int, at: NamedSharding, accumulate: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+def batch(
+    rows: int, length: int, lies: Callable[[tuple[int, ...]], NamedSharding], accumulate: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch."""
     shape = (accumulate, rows, length) if accumulate > 1 else (rows, length)
     kinds = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=lies(shape)) for name, kind in kinds.items()}

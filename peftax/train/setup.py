@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peftax import methods, models, sharding, weights
+from peftax import methods, models, processes, sharding, weights
+from peftax.core import adapters as values
 from peftax.core import injection, quantization, tree
 from peftax.core import rows as core_rows
 from peftax.core import sites as core_sites
@@ -57,8 +59,13 @@ class Base:
         params = weights.load(self.unread, self.params, shardings=jax.tree.map(lambda x: x.sharding, self.params))
         return dataclasses.replace(self, params=params, unread=None)
 
+    @property
+    def rows(self) -> NamedSharding:
+        """Where a batch lies."""
+        return NamedSharding(self.mesh, sharding.BATCH)
+
     def inject(self, method: Method) -> Callable:
-        rows = NamedSharding(self.mesh, sharding.BATCH) if self.mesh.size > 1 else None
+        rows = self.rows if self.mesh.size > 1 else None
         return injection.inject(self.model.apply, method, rows=rows, specs=self.specs)
 
     def places(self, half: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -67,7 +74,7 @@ class Base:
 
     def place(self, part: Partition, method: Method) -> Partition:
         """The partition on its shards; base leaves lie there already."""
-        return Partition(*(jax.tree.map(jax.device_put, half, self.places(half, method)) for half in part))
+        return Partition(*(processes.put(half, self.places(half, method)) for half in part))
 
 
 def open_base(**config: Any) -> Base:
@@ -282,12 +289,11 @@ def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) 
         return None
     c, began = dict(config["calibration"]), batches.get_state()
     mask_of, n = {True: "weights", False: "segment_ids"}[c["learned"]], c["batches"]
-    rows = NamedSharding(base.mesh, sharding.BATCH)
 
     def looks():
         for _ in range(n):
             batch = {k: v.reshape(-1, v.shape[-1]) for k, v in next(batches).items()}
-            batch = {k: jax.device_put(v, rows) for k, v in batch.items()}
+            batch = {k: processes.put(v, sharding.of_batch(v.shape, base.mesh)) for k, v in batch.items()}
             yield batch, batch[mask_of] > 0
 
     def run(apply, params, batch):
@@ -346,10 +352,27 @@ def resume(base: Base, outline: Run, trainable: Mapping[str, Any], theta: Mappin
     return dataclasses.replace(outline, base=base, part=base.place(part, method))
 
 
-def attach(base: Base, folder: str | Path) -> Run:
-    """The base with an adapter folder on it."""
-    method, part, raw = adapters.load(folder, base.params, base.sites)
-    return Run(base, method, base.place(part, method), base.inject(method), raw)
+def attach(base: Base, *folders: str | Path, weights: Sequence[float] | None = None) -> Run:
+    """The base with an adapter folder on it, or with several that act at once, each times its weight (1 without any).
+
+    Raises ValueError where one of several changes the base itself, which the others would see.
+    """
+    if len(folders) == 1 and weights is None:
+        method, part, raw = adapters.load(folders[0], base.params, base.sites)
+        return Run(base, method, base.place(part, method), base.inject(method), raw)
+    own, params, each = tree.flatten(base.params), base.params, []
+    for i, folder in enumerate(folders):
+        method, part, _ = adapters.load(folder, base.params, base.sites, adapter=str(i))
+        for path, x in tree.flatten(part.frozen).items():  # PEFT's file may repeat a table
+            if path in own and x is not own[path] and not jnp.array_equal(x, own[path]):
+                raise ValueError(f"{folder}: brings {path!r}, not this base's, and cannot act beside others")
+        try:
+            params = values.add(params, method, part)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        each.append(method)
+    method = values.together(*each, weights=weights)
+    return Run(base, method, base.place(Partition(params, {}), method), base.inject(method))
 
 
 def examples(
@@ -376,7 +399,8 @@ def examples(
         rows = [rows[i] for i in range(min(limit, len(rows)))]
     encoded, n = chat.encode_all(rows, base.tokenizer, length=length, policy=policy, split=split)
     told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))
-    print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
+    if processes.first():
+        print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
     return encoded
 
 
@@ -398,6 +422,26 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
     rows.pop("groups", None)
     logging.info("train: %d rows of %d, %.0f%% full", len(rows["tokens"]), length, 100 * packing.fill(rows))
     return pipeline.batches(rows, batch_size=batch_size, seed=data["seed"], accumulate=accumulate)
+
+
+def check_mesh(base: Base, config: Mapping[str, Any], method: Method) -> None:
+    """Raise ValueError where the mesh does not divide the rows or the tokens of a batch."""
+    data, mesh = config["data"], base.mesh
+
+    def check(what: str, n: int, axes: Sequence[str], least: int = 1) -> None:
+        over, parts = " x ".join(f"{a}={mesh.shape[a]}" for a in axes), math.prod(mesh.shape[a] for a in axes)
+        if n % parts:
+            near = [m for m in (n // parts * parts, -(-n // parts) * parts) if m >= least]
+            raise ValueError(
+                f"{what} {n} is not divided by the mesh's {over}; nearest: {' or '.join(map(str, near))}, "
+                f"or another config.mesh"
+            )
+
+    check("config.train.batch_size", config["train"]["batch_size"], ("data", "fsdp"))
+    for name in ("train_length", "length") if data["task"] or data["valid"] else ("train_length",):
+        name = name if data[name] else "length"
+        check(f"config.data.{name}", data[name], ("sequence",))
+    check(f"{method.name} puts virtual tokens before each row, whose number", method.front, ("sequence",))
 
 
 def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:

@@ -19,17 +19,17 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from peftax import methods
+from peftax import methods, processes
 from peftax.core import hf, tree
-from peftax.core.adapters import Slot, is_theta
+from peftax.core.adapters import Slot, is_theta, own_leaves
 from peftax.core.adapters import slots as slots_of
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, chain, parts
 from peftax.core.sites import Sites
 from peftax.core.targets import OUTPUT_HEADS
-from peftax.weights import names, source
+from peftax.weights import experts, forms, names, source
+from peftax.weights.forms import PREFIX
 
-PREFIX = "base_model.model."
 PEFT_CONFIG, OWN_CONFIG, TENSORS = "adapter_config.json", "peftax_adapter.json", "adapter_model.safetensors"
 
 
@@ -68,9 +68,10 @@ def load(
     part = method.init(jax.random.key(0), params, sites)
     tensors = _read_tensors(folder / TENSORS)
     frozen, trainable = (tree.flatten(half) for half in part)
-    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
+    theta = own_leaves(part, method)
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
     fixed: dict[str, np.ndarray] = {}  # frozen leaves that the file holds
+    shapes = {name: site.shape for name, (site, _) in sites.by_name().items()}
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -78,13 +79,18 @@ def load(
         if form is not None and form.opened is not None:
             tensors = form.opened(tensors, method.config)
         slots = list(slots_of(theta, piece, method, sites))
-        tensors = _unstacked(tensors, slots, piece, form, raw, folder)
-        wanted = [s for s in slots if s.path in trainable or _file_key(s, piece, form)]
+        tensors = experts.unstacked(tensors, slots, piece, form, raw, folder)
+        wanted = [s for s in slots if s.path in trainable or forms.key(s, piece, form)]
         for slot, value in _unpack(tensors, wanted, piece, form, trainable, method.config, folder):
+            if form is not None and form.check is not None and slot.name:
+                try:
+                    form.check(slot.leaf, value, shapes[slot.name])
+                except ValueError as error:
+                    raise ValueError(f"{folder}: {slot.leaf!r} of {slot.name!r}: {error}") from None
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
-                fixed.setdefault(slot.path, np.array(frozen[slot.path]))[slot.index] = value
+                fixed.setdefault(slot.path, np.array(processes.whole(frozen[slot.path])))[slot.index] = value
         for _, copy in _copies(piece, form, sites):
             tensors.pop(copy, None)
     frozen |= {path: jnp.asarray(value) for path, value in fixed.items()}
@@ -122,6 +128,8 @@ def save(
 ) -> Path:
     """Write the adapter; the folder appears under its name only when it is whole, and replaces an older one.
 
+    Of several processes all call it and the first writes.
+
     Args:
       base: the base's path or hub id, for adapter_config.json.
       extra: fields to keep, such as an adapter's own when it is written again.
@@ -130,6 +138,10 @@ def save(
         others the table is written whole, as PEFT does.
     """
     folder = Path(folder)
+    part = _gathered(part, method, grown or {})
+    if not processes.first():
+        processes.wait(f"{folder.name} is written")
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
@@ -143,7 +155,21 @@ def save(
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    processes.wait(f"{folder.name} is written")
     return folder
+
+
+def _gathered(part: Partition, method: Method, tables: Iterable[str]) -> Partition:
+    """What a folder holds, on this host where other processes have shards of it; the rest of the base as it lies."""
+
+    def gathered(half: Mapping[str, Any], chosen) -> dict[str, Any]:
+        flat = tree.flatten(half)
+        return tree.unflatten(
+            {p: processes.whole(x) if chosen(p) and processes.spread(x) else x for p, x in flat.items()}
+        )
+
+    frozen = gathered(part.frozen, lambda path: path in tables or is_theta(path, method))
+    return Partition(frozen, gathered(part.trainable, lambda path: True))
 
 
 def without_peft_type(name: str) -> str | None:
@@ -171,7 +197,7 @@ def _write(
         _write_json(new / OWN_CONFIG, {**more, "method": method.name, "config": config})
         return
     frozen, trainable = (tree.flatten(half) for half in part)
-    theta = {path: leaf for half in (frozen, trainable) for path, leaf in half.items() if is_theta(path, method)}
+    theta = own_leaves(part, method)
     tensors, config = {}, {k: v for k, v in method.config.items() if k != "adapter"}
     stacked: dict[str, str] = {}
     for piece in parts(method):
@@ -192,7 +218,7 @@ def _write(
         if form is not None and form.settle is not None:
             layers, config = form.settle({n: v for n, v in layers.items() if n}, config)
         tensors |= _pack(layers, slots, piece, form, trainable, config)
-        stacked |= _stack(tensors, slots.values(), piece, form)
+        stacked |= experts.stack(tensors, slots.values(), piece, form)
         if form is not None and form.closed is not None:
             tensors = form.closed(tensors, config)
         tensors |= {copy: tensors[key] for key, copy in _copies(piece, form, sites, written=True)}
@@ -255,7 +281,7 @@ def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Me
 
 def _numbers(leaf: Any) -> np.ndarray:
     """A leaf on the host; floating numbers are float32 in every file."""
-    value = np.asarray(jax.device_get(leaf))
+    value = processes.whole(leaf)
     return value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
@@ -264,32 +290,8 @@ def _form(piece: Method, method: Method) -> hf.Format | None:
     if piece.name in methods.names():
         return getattr(methods.module(piece.name), "HF", None)
     form = getattr(methods.module(method.name), "HF", None)
-    own = ("settle", "pack", "unpack", "opened", "closed", "stacks")  # of the method's own leaves
+    own = ("settle", "pack", "unpack", "opened", "closed", "check", "stacks")  # of the method's own leaves
     return form and dataclasses.replace(form, inside="", **dict.fromkeys(own))
-
-
-def _file_key(slot: Slot, piece: Method, form: hf.Format | None) -> str | None:
-    """The tensor that holds this slot; None where a PEFT folder holds none of its own."""
-    if form is None:
-        return ".".join(filter(None, (slot.name, piece.name, slot.leaf)))
-    if slot.kind == "shared":
-        return form.shared.get(slot.leaf)
-    suffix = form.keys.get(slot.kind, {}).get(slot.leaf)
-    return suffix and f"{PREFIX}{slot.name}.{suffix}"
-
-
-def _to_file(value: np.ndarray, slot: Slot, piece: Method, form: hf.Format | None) -> np.ndarray:
-    """A leaf as the file has it."""
-    if form is not None and slot.window and slot.leaf in form.windows:
-        return hf.to_window(value, piece.axes[slot.leaf], slot.window)
-    return value if form is None or slot.leaf in form.straight or value.ndim != 2 else value.T
-
-
-def _from_file(tensor: np.ndarray, slot: Slot, piece: Method, form: hf.Format | None) -> np.ndarray:
-    """Its inverse."""
-    if form is not None and slot.window and slot.leaf in form.windows:
-        return hf.from_window(tensor, piece.axes[slot.leaf], slot.window)
-    return tensor if form is None or slot.leaf in form.straight or tensor.ndim != 2 else tensor.T
 
 
 def _pack(layers: hf.Layers, slots, piece: Method, form, trainable, config) -> dict[str, np.ndarray]:
@@ -299,9 +301,9 @@ def _pack(layers: hf.Layers, slots, piece: Method, form, trainable, config) -> d
     for name, leaves in layers.items():
         for leaf, value in leaves.items():
             slot = slots[name, leaf]
-            key = _file_key(slot, piece, form)
+            key = forms.key(slot, piece, form)
             if key is not None:
-                tensors[key] = _to_file(value, slot, piece, form)
+                tensors[key] = forms.to_file(value, slot, piece, form)
             elif slot.path in trainable:
                 kind = form.peft_type if form else piece.name
                 raise Unsupported(f"{slot.path}: {kind} has no file form here for a {slot.kind} site")
@@ -331,13 +333,13 @@ def _unpack(
             yield slot, value
         return
     for slot in slots:
-        key = _file_key(slot, piece, form)
+        key = forms.key(slot, piece, form)
         if key is None:
             raise Unsupported(f"{slot.path}: {form.peft_type} has no file form here for a {slot.kind} site")
         if slot.kind == "shared" and slot.path not in trainable and key not in tensors:
             continue  # the file leaves it to its seed
-        shape = _to_file(np.empty(slot.shape, np.void), slot, piece, form).shape
-        yield slot, _from_file(_taken(tensors, key, shape, folder), slot, piece, form)
+        shape = forms.to_file(np.empty(slot.shape, np.void), slot, piece, form).shape
+        yield slot, forms.from_file(_taken(tensors, key, shape, folder), slot, piece, form)
 
 
 def _copies(piece: Method, form: hf.Format | None, sites: Sites, *, written: bool = False) -> Iterator[tuple[str, str]]:
@@ -365,97 +367,6 @@ def _taken(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, ...], fol
             "another model?"
         )
     return tensor
-
-
-# --- experts in one parameter ---------------------------------------------------------------------
-
-
-def _experts(slots: Iterable[Slot], piece: Method, form: hf.Format | None) -> dict[str, dict[str, list[Slot]]]:
-    """{stacked parameter: {leaf: the slots of all its experts}} of those stacks that are targets whole and alike."""
-    found: dict[str, dict[str, list[Slot]]] = {}
-    if form is None or form.stacks is None or piece.settings is None:
-        return {}
-    for slot in slots:
-        if slot.experts and _file_key(slot, piece, form):
-            found.setdefault(slot.name.rpartition(".")[0], {}).setdefault(slot.leaf, []).append(slot)
-
-    def alike(own: list[Slot]) -> bool:
-        settings = [piece.settings(s.name, s.kind) for s in own]
-        return len(own) == own[0].experts and all(s == settings[0] for s in settings)
-
-    held = set(form.stacks.leaves)
-    return {p: leaves for p, leaves in found.items() if set(leaves) == held and all(map(alike, leaves.values()))}
-
-
-def _nested(parameters: Iterable[str]) -> dict[str, str]:
-    """parameter -> the module in the file that holds its tensors: of one module's parameters each wraps the former."""
-    holders: dict[str, list[str]] = {}
-    for parameter in parameters:
-        holders.setdefault(parameter.rpartition(".")[0], []).append(parameter)
-    return {
-        parameter: (PREFIX + holder).rstrip(".") + ".base_layer" * depth
-        for holder, held in holders.items()
-        for depth, parameter in enumerate(reversed(held))
-    }
-
-
-def _stack(
-    tensors: dict[str, np.ndarray], slots: Iterable[Slot], piece: Method, form: hf.Format | None
-) -> dict[str, str]:
-    """Put experts' tensors together, in place; {parameter: one of its experts' names}."""
-    slots = list(slots)
-    experts = _experts(slots, piece, form)
-    alone = [s.name for s in slots if s.experts and s.name.rpartition(".")[0] not in experts]
-    if alone:
-        logging.warning(
-            "%s: %r stands for itself, since its stack's experts are not all adapted alike; Hugging Face PEFT does not "
-            "read it",
-            piece.name,
-            alone[0],
-        )
-    modules = _nested(experts)
-    for parameter, leaves in experts.items():
-        held = {
-            leaf: np.stack([_from_file(tensors.pop(_file_key(s, piece, form)), s, piece, form) for s in own])
-            for leaf, own in leaves.items()
-        }
-        tensors |= {f"{modules[parameter]}.{end}": value for end, value in form.stacks.pack(held).items()}
-    return {parameter: next(iter(leaves.values()))[0].name for parameter, leaves in experts.items()}
-
-
-def _unstacked(
-    tensors: Mapping[str, np.ndarray],
-    slots: Iterable[Slot],
-    piece: Method,
-    form: hf.Format | None,
-    config: Mapping[str, Any],
-    folder: Path,
-) -> dict[str, np.ndarray]:
-    """The file's tensors with those of stacked experts one by one."""
-    tensors, experts = dict(tensors), _experts(slots, piece, form)
-    found = {  # what is written one by one stays
-        module: experts[parameter]
-        for parameter, module in _nested(experts).items()
-        if not any(_file_key(s, piece, form) in tensors for own in experts[parameter].values() for s in own)
-    }
-    held, shapes = [], []
-    for module, leaves in found.items():
-        zeros = {leaf: np.zeros((len(own), *own[0].shape), np.float32) for leaf, own in leaves.items()}
-        keys = {end: f"{module}.{end}" for end in form.stacks.pack(zeros)}
-        if missing := [key for key in keys.values() if key not in tensors]:
-            near = tree.nearest(missing[0], tensors, 1)
-            raise ValueError(f"{folder}: holds no tensor {missing[0]!r}; the nearest: {near}")
-        held.append({end: tensors.pop(key) for end, key in keys.items()})
-        shapes.append({leaf: value.shape for leaf, value in zeros.items()})
-    if found:
-        unpacked = form.stacks.unpack(held, shapes, config)
-        for leaves, values in zip(found.values(), unpacked, strict=True):
-            for leaf, own in leaves.items():
-                tensors |= {
-                    _file_key(s, piece, form): _to_file(v, s, piece, form)
-                    for s, v in zip(own, values[leaf], strict=True)
-                }
-    return tensors
 
 
 # --- whole leaves of the base ---------------------------------------------------------------------

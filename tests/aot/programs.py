@@ -36,6 +36,11 @@ LLAMA_70B = {  # Llama-3.1-70B, whole
     **dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128256),
     **dict(num_attention_heads=64, num_key_value_heads=8),
 }
+LLAMA_405B = {  # Llama-3.1-405B, whole
+    **BASE,
+    **dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, vocab_size=128256),
+    **dict(num_attention_heads=128, num_key_value_heads=8),
+}
 KINDS = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
 
 
@@ -97,7 +102,7 @@ class Program:
     def decode(self, new: int = 32):
         """A batch of prompts is read and continued."""
         generator = Generator(self._apply, self._model.init_cache, max_new_tokens=new, eos_ids=(0,))
-        tokens, rows = self.batch_of()["tokens"], NamedSharding(self._grid, sharding.BATCH)
+        tokens, rows = self.batch_of()["tokens"], sharding.of_batch((self.batch,), self._grid)
         numbers = jax.ShapeDtypeStruct((self.batch,), jnp.int32, sharding=rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)

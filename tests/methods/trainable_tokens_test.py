@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftax import models
+from peftax import methods, models
 from peftax.core import injection, sites, tree
-from peftax.methods import lora as lora_file
 from peftax.methods import trainable_tokens as file
 from peftax.methods.lora import lora
 from peftax.methods.trainable_tokens import trainable_tokens
@@ -110,10 +109,12 @@ def test_counts_are_those_of_pefts_run():
 
 
 @pytest.mark.parametrize("tokens", [(), (3, 5), {"embed_tokens": (3, 5), "lm_head": (1,)}])
-def test_config_there_and_back(tokens):
-    written = lora_file.HF.write(lora(targets=["q_proj"], tokens=tokens).config)
-    again = lora(**lora_file.HF.read({"peft_type": "LORA", **written}))
-    assert lora_file.HF.write(again.config) == written
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora"])
+def test_config_there_and_back(name, tokens):
+    beside = methods.module(name).HF
+    written = beside.write(methods.make(name, targets=["q_proj"], tokens=tokens).config)
+    again = methods.make(name, **beside.read({"peft_type": beside.peft_type, **written}))
+    assert beside.write(again.config) == written
     assert len(again.parts) == (3 if tokens else 2)
     own = file.HF.write(trainable_tokens(tokens=(3, 5)).config)
     assert trainable_tokens(**file.HF.read(own)).config == trainable_tokens(tokens=(3, 5)).config

@@ -1,5 +1,6 @@
 """Combinations of LoRA adapters against Hugging Face PEFT's add_weighted_adapter, and conversions against its own."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftax import combination, models, weights
+from peftax import cli, combination, models, weights
 from peftax.core import adapters, sites
 from peftax.weights import adapters as files
 
@@ -104,6 +105,23 @@ def test_dare_is_the_same_where_nothing_is_dropped(base, kind):
     made = combination.combine(ours, WEIGHTS, found, kind=kind, density=1.0)
     close(deltas(made.method, made.part, found), their_deltas(theirs, "dare"), 2e-5)
     theirs.delete_adapter("dare")
+
+
+def test_several_merged_into_the_base(base, tmp_path):
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    theirs, _, _ = base
+    at = Path(theirs.config.name_or_path)
+    adapters = [str(at.parent / "adapters" / name) for name in SEVERAL]
+    assert cli.main(["merge", f"--base={at}", "--adapter", *adapters, f"--into={tmp_path / 'ours'}"]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).state_dict()
+    merged = copy.deepcopy(theirs).merge_and_unload(adapter_names=list(SEVERAL)).state_dict()
+    plain = load_file(at / "model.safetensors")
+    changed = {name for name in plain if np.abs(merged[name].numpy() - plain[name]).max() > 0.1}
+    assert len(changed) == 1 + 2 * 3
+    for name, value in merged.items():
+        np.testing.assert_allclose(ours[name], value, atol=2e-6 * value.abs().max(), err_msg=name)
 
 
 @pytest.mark.parametrize("rank", [5, 0.8])

@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +127,11 @@ def there_and_back(base, tmp_path, **settings):
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["model.norm"]},
         {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "use_rslora": True},
+        {
+            "target_modules": ["q_proj"],
+            "use_dora": True,
+            "trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [9]},
+        },
     ],
     ids=lambda s: "-".join(k for k in s if k != "target_modules") or "embed",
 )
@@ -187,50 +191,3 @@ def test_every_field_of_peft_has_a_place_here():
     }
     known = {name for group in (*read, *kept) for name in group.split()} | set(hf.LORA_VARIANTS)
     assert {f.name for f in dataclasses.fields(peft.LoraConfig)} == known
-
-
-class Cnn(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(5, (3, 2), strides=(2, 1), padding="VALID", name="first")(x))
-        return nn.Dense(4, name="last")(x.mean((1, 2)))
-
-
-class TorchCnn(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = torch.nn.Conv2d(3, 5, (3, 2), stride=(2, 1)), torch.nn.Linear(5, 4)
-
-    def forward(self, x):
-        return self.last(torch.relu(self.first(x)).mean((2, 3)))
-
-
-@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
-def test_convolutions(tmp_path, settings):
-    torch.manual_seed(0)
-    theirs = TorchCnn()
-    x = np.random.default_rng(0).normal(size=(2, 7, 6, 3)).astype(np.float32)
-    held = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
-    params = {
-        "first": {"kernel": held["first.weight"].transpose(2, 3, 1, 0), "bias": held["first.bias"]},
-        "last": {"kernel": held["last.weight"].T, "bias": held["last.bias"]},
-    }
-    params = jax.tree.map(jnp.asarray, params)
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["first", "last"], **settings)
-    theirs = peft.get_peft_model(theirs, config)
-    randomize(theirs, lambda name: "lora_" in name, 0.5)
-    with torch.no_grad():
-        expect = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
-    theirs.save_pretrained(tmp_path / "a")
-    model = Cnn()
-    found = sites.find(model.apply, params, x)
-    method, part, raw = adapters.load(tmp_path / "a", params, found)
-    assert np.abs(expect - model.apply({"params": params}, x)).max() > 0.05
-    ours = injection.inject(model.apply, method)({"params": tree.merge(*part)}, x)
-    np.testing.assert_allclose(ours, expect, atol=1e-5)
-    np.testing.assert_allclose(model.apply({"params": method.fold(tree.merge(*part), found)}, x), expect, atol=1e-5)
-    adapters.save(tmp_path / "b", part, method, found, extra=raw)
-    mine, file = (load_file(tmp_path / f / adapters.TENSORS) for f in "ba")
-    assert mine.keys() == file.keys()
-    for key in mine:
-        np.testing.assert_array_equal(mine[key], file[key])

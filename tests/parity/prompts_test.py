@@ -35,6 +35,18 @@ def same(ours, theirs, without):
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 + 1e-3 * effect
 
 
+def same_both_ways(base, tmp_path, method, part, theirs):
+    """PEFT's model gives our logits, and so does PEFT with the folder that we write."""
+    folder, model, _, found = base
+    ours = jax.jit(injection.inject(model.apply, method))({"params": tree.merge(*part)}, ids())
+    without = torch_logits(plain(folder), ids())
+    same(ours, torch_logits(theirs, ids()), without)
+
+    adapters.save(tmp_path / "a", part, method, found, base=str(folder))
+    again = peft.PeftModel.from_pretrained(plain(folder), tmp_path / "a")
+    same(ours, torch_logits(again.eval(), ids()), without)
+
+
 def lstm_leaves(encoder):
     leaves, lstm = {}, encoder.lstm_head
     for i in range(lstm.num_layers):
@@ -48,7 +60,7 @@ def lstm_leaves(encoder):
 @pytest.mark.parametrize("kind", ["MLP", "LSTM"])
 def test_p_tuning_while_it_trains(base, tmp_path, kind):
     """The same network gives the same logits; counts agree; PEFT loads what we write of it."""
-    folder, model, params, found = base
+    folder, _, params, found = base
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=LENGTH,
@@ -70,18 +82,12 @@ def test_p_tuning_while_it_trains(base, tmp_path, kind):
     assert {path: x.shape for path, x in mine.items()} == shapes
     assert sites.count(method, params, found)["trainable"] == theirs.get_nb_trainable_parameters()[0]
     part = part._replace(trainable=tree.unflatten(mine))
-    ours = jax.jit(injection.inject(model.apply, method))({"params": tree.merge(*part)}, ids())
-    without = torch_logits(plain(folder), ids())
-    same(ours, torch_logits(theirs, ids()), without)
-
-    adapters.save(tmp_path / "a", part, method, found, base=str(folder))
-    again = peft.PeftModel.from_pretrained(plain(folder), tmp_path / "a")
-    same(ours, torch_logits(again.eval(), ids()), without)
+    same_both_ways(base, tmp_path, method, part, theirs)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_prefix_behind_a_network(base, tmp_path, zeros):
-    folder, model, params, found = base
+    folder, _, params, found = base
     config = peft.PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=LENGTH,
@@ -109,13 +115,7 @@ def test_prefix_behind_a_network(base, tmp_path, zeros):
         for path in (p for p in flat if "core_attn" in p):
             np.testing.assert_array_equal(start[path], flat[path])
     part = part._replace(trainable=tree.unflatten(flat))
-    ours = jax.jit(injection.inject(model.apply, method))({"params": tree.merge(*part)}, ids())
-    without = torch_logits(plain(folder), ids())
-    same(ours, torch_logits(theirs, ids()), without)
-
-    adapters.save(tmp_path / "a", part, method, found, base=str(folder))
-    again = peft.PeftModel.from_pretrained(plain(folder), tmp_path / "a")
-    same(ours, torch_logits(again.eval(), ids()), without)
+    same_both_ways(base, tmp_path, method, part, theirs)
 
 
 class Words:

@@ -47,6 +47,8 @@ OPTIONS = {
         "LORA_dora",
         {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]},
     ),
+    "LORA_dora+tokens": ("LORA_dora", {"trainable_token_indices": [7, 2, 31]}),
+    "ADALORA+tokens": ("ADALORA", {"trainable_token_indices": {"embed_tokens": [7, 2, 31]}}),
     "IA3+attention": ("IA3", {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
     "LOHA+rank_pattern": ("LOHA", {"rank_pattern": {"q_proj": 2}}),
     "LOKR+factor": ("LOKR", {"decompose_factor": 4, "r": 2}),

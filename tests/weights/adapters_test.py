@@ -158,6 +158,50 @@ def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, drawn.frozen["randlora"], again.frozen["randlora"])
 
 
+def _one(t, end):
+    return next(key for key in sorted(t) if key.endswith(end))
+
+
+def _with(end, change):
+    """An edit of the first tensor whose name ends so."""
+    return lambda t: t.update({_one(t, end): change(t[_one(t, end)].copy())})
+
+
+def _put(at, value):
+    def change(x):
+        x[at] = value
+        return x
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "case, edit, message",
+    [
+        ("SHIRA", _with("shira_indices", _put((1, 2), 999)), r"'at' of .*: the place .*, 999\) is none of a kernel of"),
+        ("SHIRA", _with("shira_indices", _put((0, 0), -1)), r"the place .* \(-1, "),
+        (
+            "SHIRA",
+            _with("shira_indices", lambda x: np.concatenate([x[:, :1], x[:, :-1]], 1)),
+            r"the place .* stands twice",
+        ),
+        ("SHIRA", _with("shira_indices", lambda x: x[:, 1:]), r"shira_indices' has shape \(2, \d+\), this base needs"),
+        ("VBLORA_topk", _with("A_topk_indices", _put((0, 0, 0), 200)), r"chooses vectors \d+ to 200 of a bank of"),
+        ("VBLORA_topk", _with("A_topk_indices", lambda x: x[..., :1]), r"does not belong to weights"),
+        ("FOURIERFT", _with("spectrum", lambda x: x[1:]), r"fourierft_spectrum' has shape .*, this base needs"),
+        ("C3A", _with("c3a_kernel", lambda x: x.swapaxes(0, 2)), r"c3a_kernel' has shape .*, this base needs"),
+        ("VERA", _with("vera_A", lambda x: x[:, :3]), r"vera_A' has shape .*, this base needs"),
+    ],
+)
+def test_numbers_that_cannot_be(opened, tmp_path, case, edit, message):
+    _, params, found = opened
+    copy = Path(shutil.copytree(GOLDEN / case, tmp_path / "x"))
+    _edit(copy, edit)
+    with pytest.raises(ValueError, match=message) as caught:
+        adapters.load(copy, params, found)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_chain_is_a_folder_of_its_parts(opened, tmp_path):
     """One with a PEFT type, one without, and one that trains a whole leaf beside; fields of tomorrow stay."""
     _, params, found = opened

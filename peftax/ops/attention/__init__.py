@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from peftax.ops.attention import xla
+from peftax.ops.attention import mesh, xla
 from peftax.ops.attention.where import EVERYWHERE, Where, visible
 
 __all__ = ["EVERYWHERE", "Where", "attention", "visible"]
@@ -20,6 +20,8 @@ def attention(
     in_order: bool = False,
 ) -> jax.Array:
     """softmax(q kᵀ / √H + mask) v with grouped heads (K divides N); softmax in f32.
+
+    Where `where` says how the batch lies on a mesh, each device makes its own part (`mesh.py`).
 
     The mask is `visible(where, window)`, and never made whole. A query that sees no key (padding) gets a finite,
     meaningless row.
@@ -47,4 +49,11 @@ def attention(
             f"attention: {t} queries and {s} keys, but `where` holds {where.q_positions.shape[1]} and "
             f"{where.k_positions.shape[1]}"
         )
-    return xla.attention(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
+    if where.rows is None:
+        return _attend(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
+    return mesh.by_parts(_attend, q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
+
+
+def _attend(q, k, v, where: Where, *, window, in_order: bool) -> jax.Array:
+    """On one device."""
+    return xla.attention(q, k, v, where, window=window, in_order=in_order)

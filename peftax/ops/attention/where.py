@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 EVERYWHERE = -1  # a segment that all others see
 
@@ -13,16 +14,18 @@ EVERYWHERE = -1  # a segment that all others see
 @dataclasses.dataclass(frozen=True)
 class Where:
     """Positions and segments of queries and keys, int32 [B, T] and [B, S]; a pytree. Segment 0 is padding, a
-    negative one (EVERYWHERE) is seen by every segment.
+    negative one (EVERYWHERE) is seen by every segment. `rows`: how the batch lies on a mesh; `inject` says so.
     """
 
     q_positions: jax.Array
     q_segments: jax.Array
     k_positions: jax.Array
     k_segments: jax.Array
+    rows: NamedSharding | None = None
 
 
-jax.tree_util.register_dataclass(Where, data_fields=[f.name for f in dataclasses.fields(Where)], meta_fields=[])
+ARRAYS = ("q_positions", "q_segments", "k_positions", "k_segments")
+jax.tree_util.register_dataclass(Where, data_fields=ARRAYS, meta_fields=["rows"])
 
 
 def visible(where: Where, window: int | jax.Array | None = None) -> jax.Array:
