@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     # first match wins. Settings: {"fmt": "nf4" | "fp4" | "int4" | "int8" | "q4_0" | "q4_1" | "q8_0", "group":
     # rows that share a scale, "double": scales in few bits too}; {"fmt": "file"}: as the file holds it; None: as it
     # is. Files that say that they are quantized (bitsandbytes, GPTQ, AWQ, compressed-tensors) stay so without a rule.
+    # int8 takes tables of tokens too, every row with a scale: ("embed_tokens|lm_head", {"fmt": "int8"}).
     config.model.quantize = ()
     config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
 

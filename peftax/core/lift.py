@@ -128,7 +128,7 @@ def per_kernel(
                     kernel, _ = _map_site(fold, head, theta, common, {**base, site.kernel: table})
                     flat[own] = head.matrix(kernel)[0]
                     continue
-                flat.setdefault(own, head.matrix(table)[0])
+                flat.setdefault(own, dense(head.matrix(table))[0])
             kernel, bias = _map_site(fold, site, theta, common, base)
             flat[site.kernel] = kernel
             if bias is not None and site.bias:
@@ -438,7 +438,7 @@ def _map_site(function, site: Site, theta, common, flat, *, keep: bool = False):
         new = function({**common, **theta}, old)
         if "on" in theta:
             new = jax.tree.map(lambda new, old: jnp.where(theta["on"], new, old), new, old)
-        return new.replace(w=quantization.like(new.w, kernel)) if keep and tree.is_packed(kernel) else new
+        return new.replace(w=quantization.like(new.w, w)) if keep and tree.is_packed(kernel) else new
 
     folded = jax.lax.map(one, (theta, site.matrix(kernel), None if b is None else b.reshape(n, -1)))
     w = site.unmatrix(folded.w, kernel.shape).astype(kernel.dtype)

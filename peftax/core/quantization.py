@@ -22,9 +22,12 @@ AS_FILED = "file"  # the format in which the file holds it
 def match(rules: Rules, sites: Sites) -> dict[str, Mapping[str, Any]]:
     """{kernel's path: the settings of the first rule whose regex is found in it}, of linear layers' kernels.
 
+    A rule of int8 takes tables too, whose rows then have a scale each; other formats pass them by.
+
     Raises ValueError for a rule that is malformed or matches nothing.
     """
     kernels = sorted({s.kernel for s in sites.values() if s.kind == "linear" and _plain(s)})
+    tables = sorted({s.kernel for s in sites.values() if s.kind == "embed" and _plain(s)})
     found: dict[str, Mapping[str, Any] | None] = {}
     for rule in rules:
         if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[1], Mapping | None):
@@ -32,13 +35,17 @@ def match(rules: Rules, sites: Sites) -> dict[str, Mapping[str, Any]]:
         pattern, settings = rule
         _check(pattern, settings)
         hits = [k for k in kernels if re.search(pattern, k)]
+        named = [k for k in tables if re.search(pattern, k)]
+        if settings is None or settings["fmt"] == "int8":
+            hits += named
         if not hits:
             others = sorted(s.kernel for s in sites.values() if re.search(pattern, s.kernel))
             kinds = "; only kernels of two axes in linear layers are packed" if others else ""
+            kinds += ", and tables in int8" if named else ""
             near = tree.nearest(pattern, kernels)
             raise ValueError(f"quantize: rule {pattern!r} matches no linear kernel{kinds}; nearest: {near}")
         for k in hits:
-            found.setdefault(k, settings)
+            found.setdefault(k, {**settings, "by_row": True} if settings and k in tables else settings)
     return {k: s for k, s in found.items() if s is not None}
 
 
@@ -85,8 +92,10 @@ def _pack(path: str, kernel: Any, settings: Mapping[str, Any]) -> QTensor:
 
 def like(w: jax.Array, packed: QTensor) -> QTensor:
     """w in the format of `packed`."""
+    if packed.turned:
+        return like(w.swapaxes(-1, -2), packed.T).T
     group = None if None in GROUPS[packed.fmt] else packed.group
-    made = quantize_one(w, packed.fmt, group=group, double=packed.double)
+    made = quantize_one(w, packed.fmt, group=group, double=packed.double, by_row=packed.by_row)
     return dataclasses.replace(made, dtype=packed.dtype, kernel=packed.kernel)
 
 

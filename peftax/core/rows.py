@@ -53,8 +53,11 @@ def per_token(
                 "new to the tokenizer are added by config.model.new_tokens"
             )
         ids = jnp.asarray(tokens, jnp.int32)
-        w = dense(k.w).astype(jnp.float32)
-        return {"trainable": {"rows": w[ids]} if k.kind == "embed" else {"columns": w[:, ids]}, "frozen": {"ids": ids}}
+        if k.kind == "embed":
+            own = {"rows": matmul(ids, k.w).astype(jnp.float32)}
+        else:
+            own = {"columns": dense(k.w).astype(jnp.float32)[:, ids]}
+        return {"trainable": own, "frozen": {"ids": ids}}
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         ids = theta["ids"]

@@ -87,14 +87,14 @@ class Site(Place):
     def matrix(self, kernel: Any) -> Any:
         """[*scanned, ...] -> [L, in, out], L counting layers and experts (1 without a stack); packed stays packed."""
         if isinstance(kernel, QTensor):
-            return kernel.with_lead(math.prod(self.scanned))
+            return views.to_matrix(kernel.with_lead(math.prod(self.scanned)), self.perm, self.n_in)
         kernel = kernel.reshape(math.prod(self.scanned), *kernel.shape[len(self.scanned) :])
         matrix = jax.vmap(lambda k: views.to_matrix(k, self.perm, self.n_in, self.n_stack))(kernel)
         return matrix.reshape(-1, *self.shape)
 
     def unmatrix(self, matrix: Any, shape: tuple[int, ...]) -> Any:
         if isinstance(matrix, QTensor):
-            return matrix.with_lead(*self.scanned)
+            return views.to_matrix(matrix.with_lead(*self.scanned), self.perm, self.n_in)
         matrix = matrix.reshape(math.prod(self.scanned), -1, *self.shape)  # experts, or 1
         own = shape[len(self.scanned) :]
         return jax.vmap(lambda m: views.from_matrix(m, self.perm, own))(matrix).reshape(shape)

@@ -41,10 +41,10 @@ class View:
         return to_matrix(kernel, self.perm, self.n_in, self.n_stack)
 
 
-def to_matrix(kernel: jax.Array, perm: tuple[int, ...], n_in: int, n_stack: int = 0) -> jax.Array:
-    """[...] -> [in, out]; [E, in, out] of a stack. A packed kernel is [in, out] already."""
+def to_matrix(kernel: Any, perm: tuple[int, ...], n_in: int, n_stack: int = 0) -> Any:
+    """[...] -> [in, out]; [E, in, out] of a stack. A packed kernel is [in, out] already, or [out, in] as a table."""
     if isinstance(kernel, QTensor):
-        return kernel
+        return kernel.T if perm == (1, 0) else kernel
     shape = tuple(kernel.shape[p] for p in perm)
     stack, own = shape[:n_stack], shape[n_stack:]
     lead = (math.prod(stack),) if stack else ()

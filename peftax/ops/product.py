@@ -26,7 +26,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
       ValueError: the contracted sizes differ.
     """
     if isinstance(w, QTensor):
-        return quantized.product(x, w)
+        return (quantized.rows if jnp.issubdtype(x.dtype, jnp.integer) else quantized.product)(x, w)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.take(w, x, axis=0)
     if x.shape[-1] != w.shape[0]:

@@ -54,7 +54,8 @@ class QTensor:
     The shape follows from the arrays: a static one would be stale inside a scan.
 
     packed: uint8 [..., K/2, N], code of row 2i in the low half of byte i; int8 [..., K, N] for eight bits.
-    scale:  [..., K/group, 1, N] floating; with double quantization uint8, the second code.
+    scale:  [..., K/group, 1, N] floating; with double quantization uint8, the second code; [..., K, 1, 1] of a table
+            whose rows have a scale each (`by_row`).
     low:    as scale, what is added; None but for "q4_1".
     nested: f32 [..., ceil(K N / group / 256)], the second scales; None without double quantization.
             Blocks number the first scales column after column, as bitsandbytes lays torch's [N, K].
@@ -62,6 +63,7 @@ class QTensor:
     fmt:    a key of LEVELS.
     dtype:  what it is as numbers: the dtype of `dense`.
     kernel: what makes its products: a file of peftax/ops/kernels, or "auto", by platform and shape.
+    turned: it stands for its transpose: `shape` and `dense` are [..., N, K], the arrays as they were.
     rows:   how a batch's rows and tokens lie on a mesh (NamedSharding); `inject` says so, a stored weight does not.
     split:  the mesh axes that K and N are split over; as `rows`.
     """
@@ -74,13 +76,15 @@ class QTensor:
     fmt: str = dataclasses.field(default="nf4", metadata={"static": True})
     dtype: Any = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
     kernel: str = dataclasses.field(default="auto", metadata={"static": True})
+    turned: bool = dataclasses.field(default=False, metadata={"static": True})
     rows: Any = dataclasses.field(default=None, metadata={"static": True})
     split: Any = dataclasses.field(default=(None, None), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, k, n = self.packed.shape
-        return (*lead, k * self.per_byte, n)
+        k *= self.per_byte
+        return (*lead, n, k) if self.turned else (*lead, k, n)
 
     @property
     def per_byte(self) -> int:
@@ -97,7 +101,17 @@ class QTensor:
     @property
     def group(self) -> int:
         """Rows of K that share a scale."""
-        return self.shape[-2] // self.scale.shape[-3]
+        return self.packed.shape[-2] * self.per_byte // self.scale.shape[-3]
+
+    @property
+    def by_row(self) -> bool:
+        """Every row of K has a scale of its own, as a table of tokens wants it."""
+        return self.scale.shape[-1] == 1 < self.packed.shape[-1]
+
+    @property
+    def T(self) -> QTensor:
+        """The transpose: the same arrays, seen the other way round."""
+        return dataclasses.replace(self, turned=not self.turned)
 
     @property
     def double(self) -> bool:
@@ -123,8 +137,10 @@ def check(w: QTensor) -> None:
         fail(f"no such format; there are {', '.join(LEVELS)}")
     if w.packed.dtype != (kind := "int8" if LEVELS[w.fmt] is None else "uint8"):
         fail(f"packed is {w.packed.dtype}, not {kind}")
+    w = w.T if w.turned else w
     (*lead, k, n), blocks = w.shape, w.scale.shape[-3] if w.scale.ndim > 2 else 0
-    if not blocks or w.scale.shape != (*lead, blocks, 1, n) or k % blocks:
+    by_row = w.fmt == "int8" and w.scale.shape == (*lead, k, 1, 1)
+    if not by_row and (not blocks or w.scale.shape != (*lead, blocks, 1, n) or k % blocks):
         fail(f"scales {w.scale.shape} are not [..., K/group, 1, N] of a weight {w.shape}")
     if (w.low is not None) != (w.fmt == "q4_1") or (w.low is not None and w.low.shape != w.scale.shape):
         fail("q4_1, and no other format, has a low beside every scale")
@@ -145,6 +161,8 @@ def dense(w: Any) -> Any:
     if not isinstance(w, QTensor):
         return w
     check(w)
+    if w.turned:
+        return dense(w.T).swapaxes(-1, -2)
     *lead, k, n = w.shape
     grouped = values(w).reshape(*lead, k // w.group, w.group, n) * scales(w)
     if w.low is not None:

@@ -6,6 +6,7 @@ b / a for 1 / (a / b), and rounds a product only together with the sum it goes i
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import math
@@ -27,7 +28,9 @@ LIFT = 64  # a block below 2^-LIFT is multiplied by 2^LIFT before it is divided:
 Encode = Callable[[jax.Array], jax.Array]
 
 
-def quantize(w: jax.Array, fmt: str, *, group: int | None = None, double: bool = False) -> QTensor:
+def quantize(
+    w: jax.Array, fmt: str, *, group: int | None = None, double: bool = False, by_row: bool = False
+) -> QTensor:
     """w in few bits: every `group` rows of a column share a scale.
 
       nf4, fp4          scale = max |w|           code = the nearest level to w / scale
@@ -42,6 +45,7 @@ def quantize(w: jax.Array, fmt: str, *, group: int | None = None, double: bool =
       fmt: a key of LEVELS.
       group: K must be a multiple of it; None: 64, or the only one the format has.
       double: quantize the scales too, to 8 bits in blocks of 256. For nf4 and fp4.
+      by_row: every row has a scale, none a column: of a table, whose rows are what is looked up. For int8.
 
     Returns:
       A QTensor of w's shape and dtype.
@@ -58,6 +62,8 @@ def quantize(w: jax.Array, fmt: str, *, group: int | None = None, double: bool =
         raise ValueError(f"quantize: wants floating [..., K, N], got {w.dtype} {w.shape}")
     if double and fmt not in ("nf4", "fp4"):
         raise ValueError(f"quantize: double quantization is for nf4 and fp4, not {fmt}; drop double")
+    if by_row and (fmt != "int8" or group is not None):
+        raise ValueError(f"quantize: a table's rows have their scales in int8 without groups, not in {fmt}")
     sizes = GROUPS[fmt]
     if group is None:
         group = GROUP if GROUP in sizes else sizes[0]
@@ -69,6 +75,9 @@ def quantize(w: jax.Array, fmt: str, *, group: int | None = None, double: bool =
         fits = [g for g in sizes if g is not None and rows % g == 0]
         advice = f"take group {fits[-1]}" if fits else "leave this weight as it is, or take int8"
         raise ValueError(f"quantize: K = {rows} is not a multiple of the group {group}; {advice}")
+    if by_row:
+        made = _quantize(w[..., None], fmt, None, False)  # each row a matrix of one column
+        return dataclasses.replace(made, packed=made.packed[..., 0], scale=made.scale[..., 0])
     return _quantize(w, fmt, group, double)
 
 

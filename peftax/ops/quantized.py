@@ -36,12 +36,40 @@ def product(x: jax.Array, w: QTensor) -> jax.Array:
     check(w)
     if x.shape[-1] != w.shape[0]:
         raise ValueError(f"product: x {x.shape} does not contract with w {w.shape}; want x[-1] == w[0]")
-    return _product(x, w)
+    return _turned(x, w.T) if w.turned else _product(x, w)
+
+
+def rows(x: jax.Array, w: QTensor) -> jax.Array:
+    """Rows of a table in eight bits: only these are made numbers of.
+
+      y[..., n] = w[x[...], n]
+
+    Args:
+      x: [...] integer, in [0, K).
+      w: [K, N].
+
+    Returns:
+      [..., N] in the dtype of w.
+
+    Raises:
+      ValueError: the weight is in four bits or transposed, or its arrays do not belong together.
+    """
+    check(w)
+    if w.per_byte != 1 or w.turned:
+        raise ValueError(f"rows: a table of tokens is held in int8, not in {w.fmt}{' transposed' if w.turned else ''}")
+    scale = jnp.take(w.scale[:, 0], x // w.group, axis=0).astype(jnp.float32)
+    return (jnp.take(w.packed, x, axis=0).astype(jnp.float32) * scale).astype(w.dtype)
 
 
 @jax.custom_vjp
 def _product(x, w):
     return _forward(x, w)
+
+
+@jax.custom_vjp
+def _turned(x, w):
+    """x [..., N] @ dense(w)ᵀ, a product of its own: of a head that is the table."""
+    return _transposed(x, w)
 
 
 @jax.custom_batching.custom_vmap
@@ -75,7 +103,11 @@ def _on_mesh(x, w: QTensor, *, transposed: bool):
 
     inner, outer = (of_n, of_k) if transposed else (of_k, of_n)
     lead = batch.lead(rows, x)
-    lies = {"packed": P(of_k, of_n), "scale": P(of_blocks, None, of_n), "low": P(of_blocks, None, of_n)}
+    lies = {
+        "packed": P(of_k, of_n),
+        "scale": P(of_blocks, None, None if w.by_row else of_n),
+        "low": P(of_blocks, None, of_n),
+    }
     of_w = jax.tree_util.tree_map_with_path(lambda path, _: lies.get(path[0].name, P()), w)
     specs = {"in_specs": (P(*lead, inner), of_w), "out_specs": P(*lead, outer)}
     return jax.shard_map(each, mesh=rows.mesh, check_vma=False, **specs)(x, w)
@@ -127,3 +159,4 @@ def _axes(mapped):
 
 
 _product.defvjp(lambda x, w: (_forward(x, w), w), lambda w, dy: (_transposed(dy, w), None))
+_turned.defvjp(lambda x, w: (_transposed(x, w), w), lambda w, dy: (_forward(dy, w), None))

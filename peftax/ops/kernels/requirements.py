@@ -15,6 +15,8 @@ def refusal(w: QTensor, dtype: Any, *, formats: Collection[str], dtypes: Collect
     """Why a kernel of these formats and dtypes of x does not take this weight; None if it may."""
     if w.ndim != 2:
         return f"the weight has {w.ndim} axes; want [K, N]"
+    if w.by_row:
+        return "every row has its scale; want groups of rows"
     if w.fmt not in formats:
         return f"format {w.fmt!r}; this kernel has {', '.join(formats)}"
     if jnp.dtype(dtype).name not in dtypes:

@@ -67,7 +67,7 @@ def _in_tiles(x, w: QTensor, *, transposed: bool, tile: int):
 
     def one(at, y):
         per = {"packed": w.per_byte}
-        if not transposed or w.scale.shape[0] > 1:  # else one group a column: of every tile
+        if w.scale.shape[0] > 1 if transposed else not w.by_row:  # else every tile's
             per |= {"scale": w.group, "low": w.group}
         arrays = {name: part(a, at, p) for name, p in per.items() if (a := getattr(w, name)) is not None}
         own = _whole(x, dataclasses.replace(w, **arrays), transposed=transposed)
