@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = []
     for word in rest:
         found = OVERRIDE.fullmatch(word)
-        if not found or args.command not in ("train", "inspect", "plan"):
+        if not found or args.command not in ("train", "inspect", "plan", "sweep"):
             print(
                 f"peftax {args.command}: unknown argument {word!r}; see peftax {args.command} --help", file=sys.stderr
             )
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
+    sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument(
         "--workdir",
         required=True,
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(inspect, "show a recipe's first batch, sites, counts and estimated memory; trains nothing")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
-    sub.add_argument("--on", help="a machine that the recipe names: its mesh and batch")
+    sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
     sub.add_argument("--rows", type=int, default=4, help="rows of the batch to show")
 
     sub = command(plan, "compile a recipe's programs for a machine that is not here: does it fit, what does it cost")
@@ -100,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
         "--search", action="store_true", help="try meshes, batches and remat; those that fit, quickest first"
     )
     sub.add_argument("--json", action="store_true")
+
+    sub = command(sweep, "run the members of a recipe's sweep; what is finished is not run again")
+    sub.add_argument("--config", required=True, help="a recipe with sweep(add): its name or a .py file")
+    sub.add_argument("--workdir", required=True, help="folder of the sweep, with one for each member")
+    sub.add_argument("--on", default="local", help="engine: local, slurm, ray, kubernetes")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine: jobs=2")
+    sub.add_argument("--retry", action="store_true", help="failed members too")
+    sub.add_argument("--dry", action="store_true", help="only say what would run")
+
+    sub = command(ls, "runs and sweeps: status, steps, losses")
+    sub.add_argument("folders", nargs="+")
+
+    sub = command(diff, "in what two runs differ: config, versions, results")
+    sub.add_argument("folders", nargs=2)
 
     sub = command(evaluate, "held-out loss of a base with or without an adapter")
     model(sub, adapter=False)
@@ -175,7 +189,7 @@ def train(args) -> None:
     from peftax import recipe
     from peftax.train import loop
 
-    config = recipe.load(args.config, args.overrides, on=args.on).to_dict()
+    config = recipe.load(args.config, args.overrides, on=args.machine).to_dict()
     print(json.dumps(loop.train(config, args.workdir)))
 
 
@@ -183,7 +197,7 @@ def inspect(args) -> None:
     from peftax import recipe
     from peftax.train import inspect as shown
 
-    shown.show(recipe.load(args.config, args.overrides, on=args.on).to_dict(), rows=args.rows)
+    shown.show(recipe.load(args.config, args.overrides, on=args.machine).to_dict(), rows=args.rows)
 
 
 def plan(args) -> None:
@@ -209,6 +223,41 @@ def plan(args) -> None:
         print(json.dumps(planner.to_json(done)))
     else:
         planner.show(done, console)
+
+
+def sweep(args) -> int:
+    from peftax import sweep as sweeps
+
+    if args.dry:
+        for name, overrides in sweeps.members(args.config, args.overrides).items():
+            print(name, *(f"--config.{key}={value}" for key, value in overrides))
+        return 0
+    settings = {}
+    for word in args.set:
+        key, mark, value = word.partition("=")
+        if not mark:
+            raise ValueError(f"--set {word!r}: want KEY=VALUE")
+        settings[key] = _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
+    found = sweeps.run(args.config, args.workdir, args.overrides, on=args.on, retry=args.retry, **settings)
+    for folder, status in found.items():
+        why = f": {sweeps.error(folder)}" if status == "failed" else ""
+        print(f"{status:9} {folder.name}{why}")
+    return int("failed" in found.values())
+
+
+def ls(args) -> None:
+    from rich.console import Console
+
+    from peftax import results
+
+    results.show(results.load(*args.folders), Console(highlight=False, soft_wrap=True))
+
+
+def diff(args) -> None:
+    from peftax import results
+
+    for key, (one, other) in results.differences(*map(Path, args.folders)).items():
+        print(f"{key}: {one!r} | {other!r}")
 
 
 def evaluate(args) -> None:

@@ -6,7 +6,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ def load(
 def machines(name_or_path: str) -> dict[str, tuple[tuple[str, str], ...]]:
     """{machine that a recipe names: the pairs that it takes there}."""
     return dict(getattr(_module(name_or_path), "MACHINES", {}))
+
+
+def sweep_of(name_or_path: str) -> Callable[[Callable[[Mapping[str, Any]], None]], None] | None:
+    """A recipe's `sweep(add)`, if it has one."""
+    return getattr(_module(name_or_path), "sweep", None)
 
 
 def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:

@@ -1,0 +1,66 @@
+"""Members as one JobSet of Kubernetes: a manifest is written, and whoever may, applies it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def submit(
+    members: Mapping[Path, Sequence[str]],
+    workdir: Path,
+    *,
+    image: str,
+    claim: str,
+    mount: str = "/runs",
+    parallel: int = 8,
+    retries: int = 3,
+    resources: Mapping[str, Any] | None = None,
+    selector: Mapping[str, str] | None = None,
+) -> None:
+    """Write WORKDIR/jobset.yaml: an indexed job, whose each index trains one member and is tried again after a kill.
+
+    Args:
+      image: with peftax in it.
+      claim: the persistent volume claim that holds the sweep's folder, mounted at `mount` under its own name.
+      parallel: members at one time.
+      retries: of one member; it goes on where it was.
+      resources: limits of one pod, such as {"nvidia.com/gpu": 1}.
+      selector: labels of nodes, such as {"cloud.google.com/gke-tpu-topology": "2x4"}.
+    """
+    names = [folder.name for folder in members]
+    (workdir / "indices.json").write_text(json.dumps(names, indent=1) + "\n")
+    pod = {
+        "restartPolicy": "Never",
+        "containers": [
+            {
+                "name": "member",
+                "image": image,
+                "command": ["python", "-m", "peftax.sweep", f"{mount}/{workdir.name}/indices.json"],
+                "volumeMounts": [{"name": "runs", "mountPath": mount}],
+                **({"resources": {"limits": dict(resources)}} if resources else {}),
+            }
+        ],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}],
+        **({"nodeSelector": dict(selector)} if selector else {}),
+    }
+    job = {
+        "completionMode": "Indexed",
+        "completions": len(names),
+        "parallelism": min(parallel, len(names)),
+        "backoffLimitPerIndex": retries,
+        "maxFailedIndexes": len(names),  # one that fails does not stop the rest
+        "template": {"spec": pod},
+    }
+    manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": workdir.name.lower().replace("_", "-")},
+        "spec": {"replicatedJobs": [{"name": "members", "replicas": 1, "template": {"spec": job}}]},
+    }
+    file = workdir / "jobset.yaml"
+    file.write_text(json.dumps(manifest, indent=2) + "\n")  # JSON is YAML
+    print(f"written: {file}; kubectl apply -f {file}", file=sys.stderr)

@@ -1,0 +1,277 @@
+"""A recipe's sweep: members, a folder for each, run by an engine. What is finished is not run again.
+
+A recipe says what it sweeps beside its config:
+
+  def sweep(add):
+      for rank in (4, 16):
+          for seed in range(3):
+              add({"method.rank": rank, "seed": seed})
+
+Each `add` is a member: overrides of the config, left to right, so that `method.name` installs a method's defaults and
+later keys change them. "seed" stands for all seeds of a run. A sweep's folder holds
+
+  sweep.json            the recipe, and every member's overrides
+  MEMBER/member.json    its own
+  MEMBER/environment.json   versions, git revision, host
+  MEMBER/...            what a run writes (config.json, metrics.jsonl, adapter/, checkpoints/)
+  MEMBER/result.json    once it is finished; error.txt where it failed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peftax import recipe
+from peftax.core import tree
+
+Pairs = Sequence[tuple[str, str]]
+SEEDS = ("data.seed", "train.init_seed", "train.dropout_seed")
+ENGINES = ("local", "slurm", "ray", "kubernetes")
+PACKAGES = ("peftax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "transformers", "datasets")
+LONG = 120  # of a folder's name
+
+
+def members(name_or_path: str, overrides: Pairs = ()) -> dict[str, list[tuple[str, str]]]:
+    """{name: overrides} of a recipe's sweep; `overrides` come before each member's own.
+
+    Raises ValueError where the recipe sweeps nothing, or says the same member twice.
+    """
+    sweep = recipe.sweep_of(name_or_path)
+    if sweep is None:
+        raise ValueError(f"recipe {name_or_path} has no sweep(add); write one beside its get_config")
+    added: list[dict[str, Any]] = []
+    sweep(lambda values: added.append(dict(values)))
+    if not added:
+        raise ValueError(f"recipe {name_or_path}: its sweep(add) adds no member")
+    short = _short_names({key for values in added for key in values})
+    found: dict[str, list[tuple[str, str]]] = {}
+    for values in added:
+        name = member_name(values, short)
+        if name in found:
+            raise ValueError(f"recipe {name_or_path}: its sweep adds {name} twice")
+        found[name] = [*overrides, *pairs(values)]
+    return found
+
+
+def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A member's values as overrides; "seed" is all of a run's."""
+    flat = []
+    for key, value in values.items():
+        text = value if isinstance(value, str) else repr(value)
+        flat += [(k, text) for k in (SEEDS if key == "seed" else (key,))]
+    return flat
+
+
+def member_name(values: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """A folder's name that says what is swept: "rank=4,learning_rate=0.001,seed=0"."""
+    words = []
+    for key, value in values.items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = re.sub(r"[^\w.+-]+", "_", text).strip("_")
+        words.append(f"{short[key]}={text}")
+    name = ",".join(words) or "base"
+    if len(name) > LONG:
+        name = f"{name[: LONG - 9]}-{zlib.crc32(name.encode()):08x}"
+    return name
+
+
+def _short_names(keys: set[str]) -> dict[str, str]:
+    """The last word of each key, or the whole where two keys end alike."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: word if list(last.values()).count(word) == 1 else key for key, word in last.items()}
+
+
+def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> list[Path]:
+    """The members' folders, made where they are not there; a member that is there keeps what it is.
+
+    Raises:
+      ValueError: a member cannot be (a key that does not exist, a wrong value), or a folder of its name holds another.
+    """
+    workdir = Path(workdir)
+    found = members(name_or_path, overrides)
+    path = Path(name_or_path)
+    where = str(path.resolve()) if path.suffix == ".py" else name_or_path
+    for name, own in found.items():
+        try:
+            recipe.load(where, own)
+        except (KeyError, ValueError, TypeError) as error:
+            text = error.args[0] if error.args else str(error)
+            raise ValueError(f"{name}: {text}") from error
+    folders = []
+    for name, own in found.items():
+        folder, said = workdir / name, {"recipe": where, "overrides": [list(p) for p in own]}
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "member.json"
+        if file.exists() and (old := json.loads(file.read_text()))["overrides"] != said["overrides"]:
+            raise ValueError(
+                f"{folder} holds a member with other overrides, {old['overrides']}; choose a new --workdir"
+            )
+        _write(file, said)
+        folders.append(folder)
+    _write(workdir / "sweep.json", {"recipe": where, "overrides": [list(p) for p in overrides], "members": list(found)})
+    return folders
+
+
+def run(
+    name_or_path: str, workdir: str | Path, overrides: Pairs = (), *, on: str = "local", retry: bool = False, **how
+):
+    """Lay a sweep out and let an engine run the members that are not finished; failed ones only with `retry`.
+
+    Args:
+      on: one of ENGINES; `how` are its settings, see peftax/engines.
+
+    Returns:
+      {folder: status}, see `status`.
+    """
+    if on not in ENGINES:
+        raise ValueError(f"engine {on!r} is none of {', '.join(ENGINES)}")
+    known = inspect.signature(importlib.import_module(f"peftax.engines.{on}").submit).parameters
+    if wrong := [k for k in how if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]:
+        raise ValueError(f"engine {on} has no setting {wrong[0]!r}; the nearest: {tree.nearest(wrong[0], known)}")
+    folders = lay_out(name_or_path, workdir, overrides)
+    wanted = [f for f in folders if status(f) in ("waiting", "stopped") or (retry and status(f) == "failed")]
+    for folder in wanted:
+        (folder / "error.txt").unlink(missing_ok=True)
+    if wanted:
+        submit = importlib.import_module(f"peftax.engines.{on}").submit
+        submit({folder: command(folder) for folder in wanted}, Path(workdir), **how)
+    return {folder: status(folder) for folder in folders}
+
+
+def status(folder: Path) -> str:
+    """ "finished" | "failed" | "running" | "stopped" (killed or told to stop: it goes on where it was) | "waiting"."""
+    if (folder / "result.json").exists():
+        return "finished"
+    if (folder / "error.txt").exists():
+        return "failed"
+    if _is_held(folder / ".lock"):
+        return "running"
+    return "stopped" if (folder / "environment.json").exists() else "waiting"
+
+
+def run_member(folder: str | Path) -> dict[str, Any] | None:
+    """Train one member, or go on with it; its result, or None where it was told to stop before its end.
+
+    An error is written beside the run and raised.
+    """
+    from peftax.train import loop
+
+    folder = Path(folder)
+    said = json.loads((folder / "member.json").read_text())
+    with _held(folder / ".lock"):
+        try:
+            config = recipe.load(said["recipe"], [tuple(p) for p in said["overrides"]]).to_dict()
+            _write(folder / "environment.json", environment())
+            done = loop.train(config, folder)
+        except Exception:
+            (folder / "error.txt").write_text(traceback.format_exc())
+            raise
+        if done["step"] < config["train"]["steps"]:
+            return None
+        timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+        result = {
+            **{k: done[k] for k in ("step", "loss", "valid", "best")},
+            "seconds": sum(t["seconds"] for t in timings),
+            "tokens_per_second": sorted(t["tokens_per_second"] for t in timings)[len(timings) // 2],
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **_counted(folder / "adapter"),
+        }
+        _write(folder / "result.json", result)
+    return result
+
+
+def _counted(adapter: Path) -> dict[str, int]:
+    """Bytes of the adapter's files."""
+    return {"adapter_bytes": sum(f.stat().st_size for f in adapter.rglob("*.safetensors"))}
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran with."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "git": git.stdout.strip() or None,
+        "host": platform.node(),
+        "cores": len(os.sched_getaffinity(0)),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def command(folder: Path) -> list[str]:
+    """What starts one member as a process."""
+    return [sys.executable, "-m", "peftax.sweep", str(folder.resolve())]
+
+
+def error(folder: Path) -> str:
+    """The last line of what a failed member said."""
+    return (folder / "error.txt").read_text().strip().splitlines()[-1]
+
+
+def _write(file: Path, value: Any) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, file)
+
+
+@contextmanager
+def _held(file: Path) -> Iterator[None]:
+    """The lock of a member's folder; raises where another process trains it."""
+    with file.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{file.parent}: another process trains this member") from None
+        yield
+
+
+def _is_held(file: Path) -> bool:
+    if not file.exists():
+        return False
+    with file.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def main(folder: str) -> None:
+    """`python -m peftax.sweep FOLDER`; of a list of folders (kubernetes) the one of this pod's index."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    path = Path(folder)
+    if path.suffix == ".json":
+        path = path.parent / json.loads(path.read_text())[int(os.environ["JOB_COMPLETION_INDEX"])]
+    run_member(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
