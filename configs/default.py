@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.task = None
     config.data.train = None  # hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`
     config.data.valid = None  # the same; None trains without choosing by it
-    # Rows of other columns: templates over their names, "Question: {question}\\nAnswer:" and " {answer}". Of several
+    # Rows of other columns: templates over their names, "Question: {question}\nAnswer:" and " {answer}". Of several
     # prompts, the first whose columns are all filled. Tokens such as <s> and </s> are written out where they belong.
     config.data.prompt = None
     config.data.completion = None  # what is learned; with the prompt "", all of a row
