@@ -14,7 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.path = ""
     config.model.revision = None  # of a hub id: branch, tag or commit
     config.model.scan = True  # one traced layer over stacked weights (quick to compile), or every layer by itself
-    config.model.remat = "dots"  # what the backward pass makes again: "none" | "dots": all but products | "full"
+    # What the backward pass makes again: "none" | "dots": all but products | "full" | "offload": as full, and the
+    # inputs of layers wait in the host's memory.
+    config.model.remat = "dots"
     config.model.dtype = "float32"  # of activations and products
     config.model.param_dtype = "float32"  # of the frozen weights; trainable leaves are always float32
 
@@ -80,7 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 100  # optimizer steps
-    config.train.batch_size = 4  # rows a step and accumulation part, over all devices
+    config.train.batch_size = 4  # rows a step and accumulation part, over all devices; a multiple of mesh.data x fsdp
     config.train.accumulate = 1  # parts whose gradients add up to one step
     config.train.init_seed = 0  # of the method's leaves
     config.train.dropout_seed = 0
@@ -96,5 +98,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 1  # devices that share the batch, each with all weights
     config.mesh.fsdp = -1  # devices that share batch and weights; -1: all that are left
     config.mesh.tensor = 1  # devices that share each product: columns of most kernels, rows of o_proj and down_proj
+    config.mesh.sequence = 1  # devices that share the tokens of each row, which their number divides, and weights
     config.mesh.rules = ()  # ((regex on a parameter's path, its PartitionSpec as a tuple), ...): the first match wins
     return config

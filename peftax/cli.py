@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,22 +34,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
     try:
+        if "coordinator" in args:
+            from peftax import processes
+
+            processes.start(args.coordinator, args.processes, args.process)
         return args.run(args) or 0
     except Exception as error:
-        full = _disk_is_full(error)
-        expected = (ValueError, KeyError, TypeError, OSError, FloatingPointError, MemoryError)
-        if args.debug or not (full or isinstance(error, expected)):
+        others, text = _others(), _explained(args, error)
+        if others is None and text is None:
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        if full:
-            where = getattr(args, "workdir", None) or getattr(args, "into", None) or "the output"
-            text = (
-                f"the disk that holds {where} is full ({str(error).splitlines()[0][:200]}): free some space and give "
-                "the same command again; what was whole there is whole"
-            )
-        notes = "".join(f" ({n})" for n in getattr(error, "__notes__", ()) if n.startswith("at site"))
-        print(f"peftax {args.command}: {text}{notes}", file=sys.stderr)
+        if text is None:
+            traceback.print_exc()
+        else:
+            print(f"peftax {args.command}: {text}", file=sys.stderr)
+        if others is not None:
+            others.end(1)
         return 1
+
+
+def _others():
+    """peftax.processes where this command is one of several processes, else None; JAX is not imported to say no."""
+    processes = sys.modules.get("peftax.processes")
+    return processes if processes is not None and processes.several() else None
+
+
+def _explained(args, error: Exception) -> str | None:
+    """An error as one line; None of one that nobody expects, or whose traceback is wanted."""
+    if args.debug:
+        return None
+    others = _others()
+    if others is not None and (text := others.lost(error)):
+        return text
+    full = _disk_is_full(error)
+    if not (full or isinstance(error, (ValueError, KeyError, TypeError, OSError, FloatingPointError, MemoryError))):
+        return None
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    if full:
+        where = getattr(args, "workdir", None) or getattr(args, "into", None) or "the output"
+        text = (
+            f"the disk that holds {where} is full ({str(error).splitlines()[0][:200]}): free some space and give "
+            "the same command again; what was whole there is whole"
+        )
+    notes = "".join(f" ({n})" for n in getattr(error, "__notes__", ()) if n.startswith("at site"))
+    return f"{text}{notes}"
 
 
 def _disk_is_full(error: BaseException) -> bool:
@@ -76,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", default="float32", help="of activations and products")
         sub.add_argument("--quantize", type=_literal, default=(), help="rules as in config.model.quantize")
 
+    def cluster(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group(
+            "several processes",
+            "found by themselves on Slurm, GKE, TPU VMs and under Open MPI; elsewhere give all three",
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        group.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
+        group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+
     sub = command(train, "train a recipe; --config.KEY=VALUE overrides its keys, left to right")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
     sub.add_argument("--machine", help="a machine that the recipe names: its mesh and batch")
@@ -84,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the run; the same command goes on where it was killed, or saved itself on SIGTERM (status 0)",
     )
+    cluster(sub)
 
     sub = command(inspect, "show a recipe's first batch, sites, counts and estimated memory; trains nothing")
     sub.add_argument("--config", required=True, help="a shipped recipe's name or a .py file")
@@ -112,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(ls, "runs and sweeps: status, steps, losses")
     sub.add_argument("folders", nargs="+")
 
+    sub = command(report, "a sweep as a page: tables, figures with their CSV files, Markdown, LaTeX")
+    sub.add_argument("folder", help="of the sweep")
+    sub.add_argument("--into", help="default: FOLDER/report")
+    sub.add_argument("--title")
+
     sub = command(diff, "in what two runs differ: config, versions, results")
     sub.add_argument("folders", nargs=2)
 
@@ -122,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", help="a task instead of data, such as function_calling: also scores generations")
     sub.add_argument("--limit", type=int, help="at most this many rows")
     sub.add_argument("--length", type=int, default=1024, help="context, tokens")
+    cluster(sub)
 
     sub = command(generate, "answer a prompt")
     model(sub, adapter=False)
@@ -136,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--into", required=True, help="folder to write")
     sub.add_argument("--pack", action="store_true", help="of a base in few bits: pack the folded kernels again")
     sub.add_argument("--data", help="file or hub name: print the loss on it before and after")
+    cluster(sub)
 
     sub = command(convert, "write a base, or with --adapter an adapter, as a Hugging Face folder")
     model(sub, adapter=False)
@@ -190,7 +235,15 @@ def train(args) -> None:
     from peftax.train import loop
 
     config = recipe.load(args.config, args.overrides, on=args.machine).to_dict()
-    print(json.dumps(loop.train(config, args.workdir)))
+    _say(json.dumps(loop.train(config, args.workdir)))
+
+
+def _say(text: object, file=None) -> None:
+    """Print once, however many processes there are."""
+    from peftax import processes
+
+    if processes.first():
+        print(text, file=file)
 
 
 def inspect(args) -> None:
@@ -253,6 +306,12 @@ def ls(args) -> None:
     results.show(results.load(*args.folders), Console(highlight=False, soft_wrap=True))
 
 
+def report(args) -> None:
+    from peftax import report as reports
+
+    print(reports.write(args.folder, args.into, title=args.title))
+
+
 def diff(args) -> None:
     from peftax import results
 
@@ -273,8 +332,8 @@ def evaluate(args) -> None:
         found = _examples(base, args.data, args.split, args.limit, args.length)
     else:
         raise ValueError("give --data or --task")
-    found = scores.nll(apply, params, packing.pack(found, args.length))
-    print(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
+    found = scores.nll(apply, params, packing.pack(found, args.length), at=base.rows)
+    _say(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
 
 
 def _examples(base, data, split, limit, length):
@@ -330,10 +389,10 @@ def merge(args) -> None:
         folded = quantization.pack_like(folded, base.params)
     if args.data:
         rows = packing.pack(_examples(base, args.data, "train", None, 1024), 1024)
-        before = scores.nll(run.apply, run.params, rows)["nll"]
-        after = scores.nll(base.inject(chain()), folded, rows)["nll"]
-        print(f"loss per token: adapted {before:.4f}, folded {after:.4f} ({after - before:+.4f})", file=sys.stderr)
-    print(weights.save(folded, base.config, args.into, tokenizer=base.tokenizer))
+        before = scores.nll(run.apply, run.params, rows, at=base.rows)["nll"]
+        after = scores.nll(base.inject(chain()), folded, rows, at=base.rows)["nll"]
+        _say(f"loss per token: adapted {before:.4f}, folded {after:.4f} ({after - before:+.4f})", file=sys.stderr)
+    _say(weights.save(folded, base.config, args.into, tokenizer=base.tokenizer))
 
 
 def convert(args) -> None:

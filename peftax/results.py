@@ -49,7 +49,7 @@ def _row(run: Path) -> dict[str, Any]:
         row |= {key: _value(value) for key, value in overrides if key not in sweep.SEEDS}
         if len(seeds) == 1:
             row[SEED] = _value(*seeds)
-    lines = _lines(run / "metrics.jsonl")
+    lines = metrics(run)
     if lines:
         row["step"] = lines[-1]["step"]
         losses = [x["loss"] for x in lines if x.get("loss") is not None]
@@ -65,7 +65,9 @@ def _row(run: Path) -> dict[str, Any]:
     return row
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    file = run / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 

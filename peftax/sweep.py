@@ -187,7 +187,7 @@ def run_member(folder: str | Path) -> dict[str, Any] | None:
             return None
         timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
         result = {
-            **{k: done[k] for k in ("step", "loss", "valid", "best")},
+            **{k: done[k] for k in ("trainable", "step", "loss", "valid", "best")},
             "seconds": sum(t["seconds"] for t in timings),
             "tokens_per_second": sorted(t["tokens_per_second"] for t in timings)[len(timings) // 2],
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

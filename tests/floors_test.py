@@ -12,6 +12,7 @@ FLOORS = {
     "models": 1,
     "data": 1,
     "core": 1,
+    "processes": 1,
     "methods/inits": 2,
     "machines": 2,
     "sharding": 2,

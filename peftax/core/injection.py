@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax.core import tree, views
 from peftax.core.method import Ctx, Kernel, Method, parts
 from peftax.core.sites import owner
+from peftax.ops import batch
+from peftax.ops.attention import Where
 from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import QTensor
-from peftax.ops.quantized import fits, row_axes
 
 
 def inject(
@@ -33,8 +34,8 @@ def inject(
     jit: an interceptor entered outside a compiled function is ignored.
 
     Args:
-      rows: where the rows of a batch lie on a mesh. What goes into and comes out of every site is
-        held there; else XLA may gather the batch where it should gather a weight.
+      rows: where a batch [B, T] lies on a mesh. What goes into and comes out of every site is held there; else XLA
+        may gather the batch where it should gather a weight.
       specs: {path: how a packed kernel lies there}, all its axes named (`sharding.base_specs`); axes that rows are
         not split over stay split in its products.
 
@@ -73,6 +74,9 @@ def inject(
             )
         return out
 
+    # into how many parts a mesh cuts the tokens of a row: a chunk of the loss takes of each
+    parted = 1 if rows is None else batch.parts(rows.mesh, batch.token_axes(rows))
+    injected.token_parts = parted  # pyright: ignore[reportFunctionMemberAccess]
     return injected
 
 
@@ -101,13 +105,13 @@ def _interceptor(
         held = None if view.n_stack else rows  # the first axis may number experts
         call_args = (_hold(call_args[0], held), *call_args[1:])
         if not found and not isinstance(module.variables.get("params", {}).get(view.kernel), QTensor):
-            return _hold(enter(module, next_fun, call_args, call_kwargs), held)
+            return _hold(enter(module, next_fun, call_args, call_kwargs), held, whole=view.kind == "embed")
         x, kernel = _kernel(view, module, call_args[0], held, specs)
         reached.update(_leaf(path, m) for m, _ in found)
         leaves = {m.name: own for m, own in found}
         call = functools.partial(at_site, [m for m, _ in found], _template(path))
         y = (jax.vmap(call) if view.n_stack else call)(leaves, x, kernel)
-        return _hold(view.back(y), held)
+        return _hold(view.back(y), held, whole=view.kind == "embed")
 
     def at_site(methods, where, leaves, x, kernel):
         if [m.share for m in methods] in ([None], [1.0]):
@@ -130,6 +134,8 @@ def _interceptor(
 
         def run(*args):
             return plain(module, next_fun, args, call_kwargs)
+
+        call_args = tuple(_told(x, rows) for x in call_args)
 
         try:
             if context.method_name == "__call__":
@@ -173,12 +179,27 @@ def _with_shared(leaves, shared):
     return leaves if shared is None else {a: {**shared.get(a, {}), **own} for a, own in leaves.items()}
 
 
-def _hold(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
-    """x with its first axis split as a batch's rows, where they divide it; of its others the compiler decides."""
-    if rows is None or not fits(rows, x):
+def _hold(x: jax.Array, rows: NamedSharding | None, *, whole: bool = False) -> jax.Array:
+    """x with its first axes split as a batch's rows and tokens, where they divide them; of others the compiler decides.
+
+    Tokens that they do not divide stay whole: XLA would else cut them unevenly. `whole`: so do features. What a table
+    split over `tensor` gives has to be: XLA for CPU else splits the residual stream, and its numbers come out wrong.
+    """
+    if rows is None or not (lead := batch.lead(rows, x)) or lead[0] is None:
         return x
-    spec = PartitionSpec(row_axes(rows), *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+    held = lead[:2] if batch.token_axes(rows) else lead[:1]
+    others = None if whole else PartitionSpec.UNCONSTRAINED
+    spec = PartitionSpec(*held, *(others,) * (x.ndim - len(held)))
     return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
+
+
+def _told(x: Any, rows: NamedSharding | None) -> Any:
+    """A Where that says how the batch lies; what it tells of keys is gathered here, once for all layers."""
+    if rows is None or not isinstance(x, Where) or x.rows is not None:
+        return x
+    whole = NamedSharding(rows.mesh, PartitionSpec(batch.lead(rows, x.k_positions)[0], None))
+    k_positions, k_segments = jax.lax.with_sharding_constraint((x.k_positions, x.k_segments), whole)
+    return dataclasses.replace(x, k_positions=k_positions, k_segments=k_segments, rows=rows)
 
 
 def _kernel(view: views.View, module, x: jax.Array, rows, specs: Mapping) -> tuple[jax.Array, Kernel]:

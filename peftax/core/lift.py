@@ -46,6 +46,7 @@ def per_kernel(
     exact: Sequence[str] = (),
     alike: bool = False,
     keeps: bool = False,
+    pads: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Method:
     """Lift functions of one kernel to a method over all sites that `settings` targets.
@@ -60,7 +61,7 @@ def per_kernel(
       targets: what must match besides, and what an error of no match speaks of.
       shared: (key, [(in, out) of every targeted kernel]) -> leaves that all sites share.
       move: (theta at init, Kernel) -> the kernel that the base holds from then on.
-      around, front, tied, wrap: as in Method.
+      around, front, tied, wrap, pads: as in Method.
       penalty: theta of one site -> scalar; training adds the mean over all sites and layers to the loss.
       draws: call draws random numbers from ctx.key, which then differs from layer to layer.
       adapter: the name under which the leaves lie.
@@ -172,6 +173,7 @@ def per_kernel(
         settings=chosen,
         adapter=adapter,
         needs=needs,
+        pads=pads,
         config=config or {},
     )
 
@@ -299,7 +301,8 @@ def select(
             )
         return Partition(frozen, trainable)
 
-    return Method(name=name, init=init, fold=lambda params, sites: dict(params), chosen=chosen, config=config or {})
+    plain = {"fold": lambda params, sites: dict(params), "pads": True}  # it has no rank
+    return Method(name=name, init=init, chosen=chosen, config=config or {}, **plain)
 
 
 def with_base(

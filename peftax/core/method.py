@@ -88,6 +88,8 @@ class Method:
     tied:   leaves at a table act at a head tied to it too, and a fold leaves the two tied.
     penalty: (params, sites) -> scalar that training adds to the mean loss.
     wrap:   (optimizer, steps of the run, sites) -> an optimizer that sees raw gradients and the whole trainable tree.
+    pads:   zeros behind a leaf's rank change nothing and stay zeros in training, so that runs of other ranks may share
+            a program.
     parts:  the methods that a chain holds; itself otherwise.
     """
 
@@ -109,6 +111,7 @@ class Method:
     settings: Callable[[str, str], dict[str, Any] | None] | None = None
     chosen: Callable[[str], bool] | None = None
     needs: str = "product"
+    pads: bool = False
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parts: tuple[Method, ...] = ()
 
@@ -161,6 +164,7 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
         wrap=wrap if any(m.wrap for m in methods) else None,
         chosen=chosen if any(m.chosen for m in methods) else None,
         parts=tuple(p for m in methods for p in (m.parts or (m,))),
+        pads=all(m.pads for m in methods),
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
         config=config or (dict(methods[0].config) if len(methods) == 1 else {m.name: dict(m.config) for m in methods}),
     )

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from peftax.data.packing import Rows
@@ -86,18 +87,31 @@ class Batches(Iterator[Rows]):
         return self
 
     def __next__(self) -> Rows:
+        chosen = self._chosen()
+        return {name: _taken(array, chosen) for name, array in self._rows.items()}
+
+    def place(self, at: jax.sharding.Sharding) -> dict[str, jax.Array]:
+        """The next batch, of which this process copies only what its own devices hold."""
+        chosen = self._chosen()
+        axes = chosen.ndim  # in front of a row's own
+
+        def one(array: np.ndarray) -> jax.Array:
+            shape = (*chosen.shape, *array.shape[1:])
+            return jax.make_array_from_callback(
+                shape, at, lambda index: _taken(array, chosen[index[:axes]])[(..., *index[axes:])]
+            )
+
+        return {name: one(array) for name, array in self._rows.items()}
+
+    def _chosen(self) -> np.ndarray:
+        """Which rows the next batch holds, [B] or [k, B]; -1 is an empty one."""
         if self._next >= len(self._order):
             raise StopIteration
         index = np.asarray(self._order[self._next])
         self._next += 1
         k, b = self._shape
-        batch = {}
-        for name, array in self._rows.items():
-            part = array[index]
-            if len(part) < k * b:
-                part = np.concatenate([part, np.zeros((k * b - len(part), *part.shape[1:]), part.dtype)])
-            batch[name] = part.reshape(k, b, *part.shape[1:]) if k > 1 else part
-        return batch
+        index = np.concatenate([index, np.full(k * b - len(index), -1, index.dtype)])
+        return index.reshape(k, b) if k > 1 else index
 
     @property
     def epoch(self) -> float:
@@ -115,3 +129,10 @@ class Batches(Iterator[Rows]):
                     "resume with the same data, seed and batch size"
                 )
         self._next = int(state["next"])
+
+
+def _taken(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """[*chosen, ...]: rows by number, zeros for -1."""
+    rows = array[chosen]
+    rows[chosen < 0] = 0
+    return rows

@@ -94,6 +94,7 @@ def dora(
         settings=settings,
         targets=target,
         draws=dropout > 0,
+        pads=True,
         adapter=adapter,
         needs="norms",
         keeps=True,

@@ -83,6 +83,7 @@ def hira(
         settings=lambda name, kind: {},
         targets=target,
         draws=dropout > 0,
+        pads=True,
         adapter=adapter,
         needs="dense",
     )

@@ -104,6 +104,7 @@ def loha(
         settings=settings,
         targets=target,
         draws=dropout > 0 or module_dropout > 0,
+        pads=True,
         adapter=adapter,
     )
     return lift.with_base(adapted, target, config=config)

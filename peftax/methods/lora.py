@@ -126,6 +126,7 @@ def lora(
         settings=settings,
         targets=target,
         draws=dropout > 0,
+        pads=True,
         adapter=adapter,
     )
     trained = rows.beside("lora", tokens, target, adapter=adapter)

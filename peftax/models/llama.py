@@ -15,8 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from peftax.ops.attention import Where, attention, visible
+from peftax.ops.attention import Where, attention
 from peftax.ops.product import kept
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -30,6 +31,12 @@ REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),  # by name: never a method's ΔW
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 NO_WINDOW = np.iinfo(np.int32).max
 DEFAULTS = {  # what a config.json leaves out is what transformers' class of that type says
@@ -90,8 +97,9 @@ def from_hf(
     Args:
       config: the parsed file.
       scan: one traced layer over stacked weights, or every layer by itself.
-      remat: "none" | "dots" | "full": what the backward pass makes again: nothing, all but the outputs of linear
-        layers and of attention, or everything in a layer.
+      remat: "none" | "dots" | "full" | "offload": what the backward pass makes again: nothing, all but the outputs of
+        linear layers and of attention, everything in a layer, or that with the layers' inputs kept in the host's
+        memory.
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
     """
@@ -219,14 +227,14 @@ class Rope(NamedTuple):
 class CoreAttention(nn.Module):
     """Attention after rope, a module of its own so that methods can stand before it.
 
-    q [B, T, N, H]; k and v [B, K, S, H]; `where` says what each key is, `window` how far back this layer sees.
+    q [B, T, N, H]; k and v [B, K, S, H]; `where` says what each key is, `window` how far back this layer sees: a
+    number where all layers see as far.
     """
 
-    windowed: bool
     in_order: bool = False  # no query sees a key behind its own
 
     def __call__(self, q, k, v, where: Where, window):
-        return attention(q, k, v, visible(where, window if self.windowed else None), in_order=self.in_order)
+        return attention(q, k, v, where, window=window, in_order=self.in_order)
 
 
 class Attention(nn.Module):
@@ -257,8 +265,9 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache)
-        windowed = any(w != NO_WINDOW for w in c.windows)
-        y = CoreAttention(windowed, in_order=cache is None, name="core_attn")(q, k, v, where, layer["window"])
+        first, *others = set(c.windows)
+        window = layer["window"] if others else None if first == NO_WINDOW else first
+        y = CoreAttention(in_order=cache is None, name="core_attn")(q, k, v, where, window)
         y = y.reshape(b, t, c.heads * c.head_size)
         return product(c, c.hidden, c.output_bias, "o_proj", y), cache
 
@@ -281,6 +290,7 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, where: Where, rope: Rope):
         c = self.config
         h, cache = carry
+        h = checkpoint_name(h, "layer_input")
         x, cache = Attention(c, name="self_attn")(norm(c, "input_layernorm")(h), where, rope, layer, cache)
         h = h + x
         h = h + Mlp(c, name="mlp")(norm(c, "post_attention_layernorm")(h))

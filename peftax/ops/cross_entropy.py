@@ -24,12 +24,14 @@ def chunked_nll(
     weights_BxT: jax.Array,
     *,
     chunk: int = 128,
+    parts: int = 1,
 ) -> jax.Array:
     """Negative log likelihood of every token, `chunk` positions of the sequence at a time.
 
       nll[b, t] = logsumexp_v(head(h)[b, t, v]) - head(h)[b, t, target[b, t]]   where weights > 0, else 0
 
-    The sequence is split, never the flattened batch (that would gather all hidden states on a mesh). Chunks in
+    The sequence is split, never the flattened batch (that would gather all hidden states on a mesh). Where a mesh
+    splits it already, a chunk takes as much of each of its `parts`: every device works on every chunk. Chunks in
     which no weight is positive are skipped. While nothing in the head trains, the forward pass keeps
     d nll[b, t] / d h[b, t] and the backward pass only scales it, so that the logits are made once; else the
     backward pass makes them again, one chunk at a time.
@@ -40,23 +42,29 @@ def chunked_nll(
       targets_BxT: token ids.
       weights_BxT: which positions count; zero elsewhere.
       chunk: positions per step; the tail is padded.
+      parts: into how many parts a mesh splits T; where it does not divide T, T is taken as one.
 
     Returns:
       f32 [B, T].
     """
     b, t = targets_BxT.shape
-    chunk = min(chunk, t)
-    pad = -t % chunk
-    n = (t + pad) // chunk
+    parts = 1 if t % parts else parts
+    own = t // parts
+    chunk = min(max(1, chunk // parts), own)  # positions of one part
+    pad = -own % chunk
+    n = (own + pad) // chunk
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, n, chunk, *x.shape[2:]), 1, 0)
+    def split(x):  # [B, T, ...] -> [n, B, parts x chunk, ...]
+        x = x.reshape(b, parts, own, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
+        x = jnp.moveaxis(x.reshape(b, parts, n, chunk, *x.shape[3:]), 2, 0)
+        return x.reshape(n, b, parts * chunk, *x.shape[4:])
 
     h, y, counted = split(h_BxTxD), split(targets_BxT), split(weights_BxT > 0)
     head, closed_over = jax.closure_convert(head, h[0])
     nll = cast(jax.Array, _nll(head, h, y, counted, *closed_over))
-    return jnp.moveaxis(nll, 0, 1).reshape(b, n * chunk)[:, :t]
+    nll = jnp.moveaxis(nll.reshape(n, b, parts, chunk), 0, 2)
+    return nll.reshape(b, parts, n * chunk)[:, :, :own].reshape(b, t)
 
 
 def _by_chunk(of_chunk, h, y, counted):

@@ -62,7 +62,7 @@ class QTensor:
     fmt:    a key of LEVELS.
     dtype:  what it is as numbers: the dtype of `dense`.
     kernel: what makes its products: a file of peftax/ops/kernels, or "auto", by platform and shape.
-    rows:   how the rows of a batch lie on a mesh (NamedSharding); `inject` says so, a stored weight does not.
+    rows:   how a batch's rows and tokens lie on a mesh (NamedSharding); `inject` says so, a stored weight does not.
     split:  the mesh axes that K and N are split over; as `rows`.
     """
 

@@ -266,15 +266,15 @@ def _inverse(x: jax.Array) -> jax.Array:
 
 def _doubled(w: QTensor) -> QTensor:
     """Its scales in 8 bits: absmax = dynamic[code] nested + offset."""
-    double = _double
+    double = nested_scales
     for _ in w.shape[:-2]:
         double = jax.vmap(double)
     scale, nested, offset = double(w.scale)
     return QTensor(w.packed, scale, None, nested, offset, fmt=w.fmt, dtype=w.dtype)
 
 
-def _double(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """absmax f32 [K/group, 1, N] -> codes uint8 of that shape, nested f32 [ceil(size / 256)], offset f32 []."""
+def nested_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Double quantization: f32 [K/group, 1, N] -> uint8 of that shape, nested f32 [ceil(size / 256)], offset f32 []."""
     blocks, _, n = absmax.shape
     flat = absmax.reshape(blocks, n).T.reshape(-1)  # column after column
     offset = _over(_sum(flat), flat.size)

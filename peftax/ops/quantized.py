@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peftax.ops import kernels
+from peftax.ops import batch, kernels
 from peftax.ops.qtensor import QTensor, check, dense, scales
 
 
@@ -20,8 +18,8 @@ def product(x: jax.Array, w: QTensor) -> jax.Array:
 
       y[..., n] = sum_k x[..., k] dense(w)[k, n]        dx = dy dense(w)ᵀ
 
-    Where the weight says how a batch's rows lie on a mesh (`w.rows`), every device multiplies its own rows with its
-    own part of the weight. Parts along mesh axes that split the rows are gathered, packed; parts along others stay:
+    Where the weight says how a batch lies on a mesh (`w.rows`), every device multiplies its own tokens with its own
+    part of the weight. Parts along mesh axes that split the batch are gathered, packed; parts along others stay:
     split columns give split columns of y, split rows (K) partial sums, which are added up over that axis, and
     in dx the other way round.
 
@@ -41,16 +39,6 @@ def product(x: jax.Array, w: QTensor) -> jax.Array:
     return _product(x, w)
 
 
-def row_axes(rows: NamedSharding) -> tuple[str, ...]:
-    """The mesh axes that the rows of a batch, the first axis of x, are split over."""
-    return tuple(jax.tree.leaves(tuple(rows.spec)[:1]))
-
-
-def fits(rows: NamedSharding, x: jax.Array) -> bool:
-    """Whether the first axis of x is one of rows that these mesh axes divide."""
-    return x.ndim >= 2 and x.shape[0] % _size(rows.mesh, row_axes(rows)) == 0
-
-
 @jax.custom_vjp
 def _product(x, w):
     return _forward(x, w)
@@ -67,7 +55,7 @@ def _transposed(dy, w):
 
 
 def _on_mesh(x, w: QTensor, *, transposed: bool):
-    """Every device's own rows by its own part of the weight; without a mesh the product."""
+    """Every device's own tokens by its own part of the weight; without a mesh the product."""
     rows, (of_k, of_n) = w.rows, _stay(w)
     w = dataclasses.replace(w, rows=None, split=(None, None))
     if rows is None:
@@ -86,7 +74,7 @@ def _on_mesh(x, w: QTensor, *, transposed: bool):
         return jax.lax.psum(y, inner) if inner else y
 
     inner, outer = (of_n, of_k) if transposed else (of_k, of_n)
-    lead = (row_axes(rows) or None, *(None,) * x.ndim)[: x.ndim - 1] if fits(rows, x) else (None,) * (x.ndim - 1)
+    lead = batch.lead(rows, x)
     lies = {"packed": P(of_k, of_n), "scale": P(of_blocks, None, of_n), "low": P(of_blocks, None, of_n)}
     of_w = jax.tree_util.tree_map_with_path(lambda path, _: lies.get(path[0].name, P()), w)
     specs = {"in_specs": (P(*lead, inner), of_w), "out_specs": P(*lead, outer)}
@@ -94,20 +82,17 @@ def _on_mesh(x, w: QTensor, *, transposed: bool):
 
 
 def _stay(w: QTensor) -> tuple[Any, Any]:
-    """The mesh axes over which K and N stay split in products: not the rows' own, and none that cuts a group."""
+    """The mesh axes over which K and N stay split in products: not the batch's own, and none that cuts a group."""
     if w.rows is None:
         return None, None
-    of_k, of_n = (tuple(a for a in jax.tree.leaves(axes) if a not in row_axes(w.rows)) for axes in w.split)
-    blocks, parts = w.scale.shape[0], _size(w.rows.mesh, of_k)
+    own = (*batch.row_axes(w.rows), *batch.token_axes(w.rows))
+    of_k, of_n = (tuple(a for a in jax.tree.leaves(axes) if a not in own) for axes in w.split)
+    blocks, parts = w.scale.shape[0], batch.parts(w.rows.mesh, of_k)
     if w.packed.shape[0] % parts or (blocks > 1 and blocks % parts):
         of_k = ()
-    if w.shape[1] % _size(w.rows.mesh, of_n):
+    if w.shape[1] % batch.parts(w.rows.mesh, of_n):
         of_n = ()
     return of_k or None, of_n or None
-
-
-def _size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[a] for a in axes)
 
 
 @_forward.def_vmap
@@ -127,10 +112,10 @@ def _transposeds(size, mapped, dy, w):
 
 
 def _as_rows(product, x, w):
-    """Members in front become rows; on a mesh behind the batch's rows, which come first there."""
+    """Members in front become rows; on a mesh behind the batch's axes, which come first there."""
     if w.rows is None or x.ndim < 3:
         return product(x, w)
-    return jnp.moveaxis(product(jnp.moveaxis(x, 0, 1), w), 1, 0)
+    return jnp.moveaxis(product(jnp.moveaxis(x, 0, -2), w), -2, 0)
 
 
 def _reference(x, w):

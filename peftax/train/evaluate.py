@@ -7,12 +7,14 @@ the figure: what the paired bootstrap resamples.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from peftax import processes
 from peftax.data import function_calling
 from peftax.train import loss
 
@@ -31,6 +33,7 @@ def nll(
     *,
     batch_size: int = 8,
     chunk: int = 128,
+    at: jax.sharding.NamedSharding | None = None,
 ) -> dict[str, Any]:
     """Token-weighted negative log likelihood of held-out rows.
 
@@ -39,6 +42,8 @@ def nll(
       batches: all rows [N, T] at once, as packing lays them, or an iterable of batches.
       batch_size: rows run together, where all rows are given at once.
       chunk: positions of the sequence whose logits exist at one time.
+      at: where a batch lies on a mesh: each device then has its own rows. Several processes all call with the same
+        rows, and all have the result.
 
     Returns:
       nll, tokens (that count), "per_row": {"nll": one number per example, in the rows' order};
@@ -46,14 +51,16 @@ def nll(
       and theirs per row.
     """
     if isinstance(batches, Mapping):
-        batches = _cut(batches, batch_size)
+        parts = 1 if at is None else math.prod(at.mesh.shape[axis] for axis in jax.tree.leaves(at.spec[0]))
+        batches = _cut(batches, batch_size, parts)
     sums: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     grouped = True
     for batch in batches:
         grouped = grouped and "groups" in batch
         given = {k: v for k, v in batch.items() if k != "groups"}
-        losses = np.asarray(_token_losses(apply, params, given, chunk=chunk), np.float64)
+        given = given if at is None else processes.put(given, dict.fromkeys(given, at))
+        losses = processes.whole(_token_losses(apply, params, given, chunk=chunk)).astype(np.float64)
         weights = np.asarray(batch["weights"], np.float64)
         segments = np.asarray(batch["segment_ids"])
         groups = np.asarray(batch["groups"]) if grouped else np.zeros_like(segments)
@@ -76,9 +83,9 @@ def nll(
     }
 
 
-def _cut(rows: Batch, batch_size: int) -> Iterable[Batch]:
+def _cut(rows: Batch, batch_size: int, parts: int) -> Iterable[Batch]:
     n = len(rows["tokens"])
-    b = min(batch_size, n)
+    b = -(-min(batch_size, n) // parts) * parts  # every device has as many
     for start in range(0, n, b or 1):
         part = {k: v[start : start + b] for k, v in rows.items()}
         short = b - len(part["tokens"])  # empty rows keep the shape

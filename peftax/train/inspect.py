@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftax import weights
+from peftax import sharding, weights
 from peftax.core import sites as core_sites
 from peftax.core import tree
+from peftax.ops.attention.mesh import splits
 from peftax.train import loop, memory, setup
 
 
@@ -22,6 +24,7 @@ def show(config: Mapping[str, Any], *, rows: int = 4, console: Console | None = 
     base = setup.outline(**config["model"], mesh=config["mesh"])
     weights.check(base.unread, base.params)
     run = setup.sketch(base, config["method"])
+    setup.check_mesh(base, config, run.method)
     c = config["train"]
     batches = setup.train_batches(base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
     setup.valid_rows(base, config["data"])
@@ -29,6 +32,7 @@ def show(config: Mapping[str, Any], *, rows: int = 4, console: Console | None = 
     show_batch(batch, base.tokenizer, rows, console)
     show_sites(run, console)
     loop.show(run, console)
+    show_mesh(run, console)
     need = memory.estimate(run, config)
     there = memory.free(base)
     memory.show(need, there, console)
@@ -101,6 +105,32 @@ def show_sites(run: setup.Run, console: Console) -> None:
                 table.add_row(template, kind, shape, f"{chosen} of {layers}", style="" if hit else "dim")
         table.add_section()
     console.print(table)
+
+
+def show_mesh(run: setup.Run, console: Console) -> None:
+    """How the leaves lie on more than one device, all layers of one in a line, and what had to stay whole."""
+    mesh = run.base.mesh
+    if mesh.size == 1:
+        return
+    over = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    table = Table(title=f"on a mesh of {over}", title_justify="left")
+    table.add_column("leaf", overflow="fold")
+    for column in ("leaves", "shape", "lies over", "bytes a device", "whole over"):
+        table.add_column(column, justify="right")
+    for half in run.part:
+        for kind in sharding.report(half, run.base.places(half, run.method), run.base.sites, run.base.specs, mesh):
+            axes = ", ".join("-" if a is None else " x ".join(jax.tree.leaves(a)) for a in kind.spec)
+            shape = "x".join(map(str, kind.shape))
+            table.add_row(kind.path, str(kind.leaves), shape, axes, memory.size(kind.bytes), ", ".join(kind.whole))
+        table.add_section()
+    console.print(table)
+    heads, tensor = run.base.config.get("num_attention_heads"), mesh.shape["tensor"]
+    if heads and tensor > 1:
+        kv = run.base.config.get("num_key_value_heads") or heads
+        split, split_kv = splits(heads, kv, tensor)
+        own, own_kv = heads // tensor if split else heads, kv // tensor if split_kv else 1 if split else kv
+        told = f"a device has {own} of {heads} heads and {own_kv} of {kv} key heads"
+        console.print(Text(f"attention over tensor {tensor}: {told}"))
 
 
 def _trained(run: setup.Run) -> dict[str, set[str]]:

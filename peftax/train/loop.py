@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peftax import weights
+from peftax import processes, weights
 from peftax.core import quantization, tree
 from peftax.core import sites as core_sites
 from peftax.train import evaluate, memory, programs, setup, writers
@@ -36,10 +36,11 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     """Run a config in a folder, or go on where that folder's run stopped.
 
     The folder holds config.json, metrics.jsonl, timings.jsonl, checkpoints/ and adapter/: the best on valid,
-    or the last.
+    or the last. Of several processes all call this with one folder that all of them see; the first writes what is
+    written once.
 
     Returns:
-      {"step", "loss", "valid", "best", "adapter"}.
+      {"trainable", "step", "loss", "valid", "best", "adapter"}.
     """
     workdir = Path(workdir)
     config = dict(config)
@@ -48,6 +49,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
 
     # --- model, method, data ----------------------------------------------------------------------
     base = base or setup.outline(**config["model"], mesh=config["mesh"])
+    setup.check_mesh(base, config, setup.make_method(base, config["method"]))
     batches = setup.train_batches(base, config["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
     valid = setup.valid_rows(base, config["data"])
     run = setup.sketch(base, config["method"])
@@ -78,25 +80,27 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         start, facts = 0, {"best": None}
         data_start = data_start or setup.calibrate(base, config, batches)  # killed before its first checkpoint
         run = setup.start(base, settings, seed=c["init_seed"], warm_start=config["warm_start"], found=data_start)
-        state = jax.device_put(State.create(run.part.trainable, program.optimizer), program.places)
+        state = processes.put(State.create(run.part.trainable, program.optimizer), program.places)
     frozen, frozen_theta = run.part.frozen, _not_base(run)
 
-    if not claimed:
+    writes = processes.first()
+    if writes and not claimed:
         _claim(workdir, config)
-    if data_start is not None:
+    if writes and data_start is not None:
         _write(workdir / CALIBRATION, settings)
-    for half_written in workdir.glob(".adapter.*"):  # by a process that was killed
+    for half_written in workdir.glob(".adapter.*") if writes else ():  # by a process that was killed
         shutil.rmtree(half_written, ignore_errors=True)
-    metrics_to: list[Any] = [writers.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
-    if c["tensorboard"]:
-        metrics_to.append(writers.TensorBoard(workdir / "tensorboard", resume_step=start))
-    metrics_to = writers.Both(*metrics_to)
-    timings_to = writers.Jsonl(workdir / "timings.jsonl", resume_step=start)
+    metrics_to, timings_to = writers.All(), writers.All()
+    if writes:
+        metrics_to.add(writers.Jsonl(workdir / "metrics.jsonl", resume_step=start))
+        timings_to.add(writers.Jsonl(workdir / "timings.jsonl", resume_step=start))
+    if writes and c["tensorboard"]:
+        metrics_to.add(writers.TensorBoard(workdir / "tensorboard", resume_step=start))
 
     def look(step: int) -> None:
         """Score valid; keep the adapter when it is the best so far, or when there is no valid to choose by."""
         if valid is not None:
-            found = evaluate.nll(run.apply, tree.merge(frozen, state.trainable), valid)
+            found = evaluate.nll(run.apply, tree.merge(frozen, state.trainable), valid, at=base.rows)
             metrics_to.write(step, {"valid_nll": found["nll"]})
             facts["valid"] = found["nll"]
         if valid is None or facts["best"] is None or facts["valid"] < facts["best"][1]:
@@ -118,7 +122,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
         for step in range(start + 1, c["steps"] + 1):
             began = time.perf_counter()
             position = batches.get_state()["next"]
-            batch = {k: jax.device_put(v, program.rows) for k, v in next(batches).items()}
+            batch = batches.place(program.rows)
             state, metrics = program.step(state, frozen, batch)
             last = {k: float(v) for k, v in jax.device_get(metrics).items()}
             if not last.pop("finite"):
@@ -134,14 +138,16 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
                 timings_to.write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
             if step % c["eval_every"] == 0 or step == c["steps"]:
                 look(step)
-            stopping = stop.asked and step < c["steps"]  # asked once: what comes later is for the next step
+            stopping = stop.asked() and step < c["steps"]  # asked once: what comes later is for the next step
             if step % c["save_every"] == 0 or step == c["steps"] or stopping:
                 save(step)
             progress.update(bar, advance=1, loss=last["loss"], valid=facts.get("valid") or math.nan)
             if stopping:
-                logging.warning("stopped by a signal after step %d; run the same command to go on", step)
+                if writes:
+                    logging.warning("stopped by a signal after step %d; run the same command to go on", step)
                 break
     return {
+        "trainable": core_sites.count(run.method, base.params, base.sites)["trainable"],
         "step": int(state.step),
         "loss": last.get("loss"),
         "valid": facts.get("valid"),
@@ -167,7 +173,7 @@ def show(run: setup.Run, console: Console | None = None) -> None:
     share = 100 * n["trainable"] / n["total"]
     table.add_section()
     table.add_row("trainable", "", f"{share:.3f}% of {n['total']:,}", f"{n['trainable']:,}")
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not processes.first())
     console.print(table)
     if any(map(tree.is_packed, tree.flatten(run.base.params).values())):
         console.print(quantization.report(tree.unpacked(run.base.params), run.base.params), soft_wrap=True)
@@ -186,7 +192,8 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
         return False
     mine, theirs = json.loads(json.dumps(config)), source.read_json(file)
     a, b = (tree.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
-    differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and k != "train/check_memory")
+    free = ("train/check_memory", "mesh/")  # a run may go on on other devices
+    differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith(free))
     if differ:
         key = differ[0]
         raise ValueError(
@@ -230,14 +237,18 @@ def _progress() -> Progress:
         TextColumn("loss {task.fields[loss]:.4f}  valid {task.fields[valid]:.4f}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        disable=not processes.first(),
     )
 
 
 class _Stop:
-    """SIGTERM asks; the loop saves after the step it is in."""
+    """SIGTERM asks, in whichever process; the loop saves after the step it is in, everywhere the same."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self._asked = False
+
+    def asked(self) -> bool:
+        return processes.anyone(self._asked)
 
     def __enter__(self) -> _Stop:
         try:
@@ -247,7 +258,7 @@ class _Stop:
         return self
 
     def _ask(self, *_: Any) -> None:
-        self.asked = True
+        self._asked = True
 
     def __exit__(self, *_: Any) -> None:
         if self._old is not None:

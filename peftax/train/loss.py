@@ -24,7 +24,7 @@ def causal_lm(
 
     Args:
       batch: tokens, targets, positions, segment_ids int32 [B, T]; weights f32 [B, T]; tasks int32 [B, 1], if any.
-      chunk: positions of the sequence whose logits exist at one time.
+      chunk: positions of the sequence whose logits exist at one time, over all devices that a row is split over.
     """
     nll = token_losses(apply, params, batch, ctx, chunk=chunk)
     return jnp.sum(nll * batch["weights"]), jnp.sum(batch["weights"])
@@ -48,4 +48,5 @@ def token_losses(apply, params, batch, ctx: Ctx | None = None, *, chunk: int = 1
     def head(h):
         return apply(variables, h, method="head", **more)
 
-    return chunked_nll(head, h, batch["targets"], batch["weights"], chunk=chunk)
+    parts = getattr(apply, "token_parts", 1)
+    return chunked_nll(head, h, batch["targets"], batch["weights"], chunk=chunk, parts=parts)

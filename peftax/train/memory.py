@@ -92,7 +92,7 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     gradients = sum(trainable.values()) * (2 if c["accumulate"] > 1 else 1)
     moments = tree.nbytes(state.opt_state) * sum(trainable.values()) // max(1, tree.nbytes(shapes["trainable"]))
     temporaries = max(0, peak - kept - tree.nbytes(shapes["trainable"])) // parts
-    if mesh.shape["fsdp"] > 1:  # weights are gathered where they are used, a layer at a time
+    if mesh.shape["fsdp"] * mesh.shape["sequence"] > 1:  # weights are gathered where they are used, a layer at a time
         temporaries += _largest_layer(run.base)
     return Need(
         base=sum(n for path, n in frozen.items() if path in own),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peftax import methods, models, sharding, weights
+from peftax import methods, models, processes, sharding, weights
 from peftax.core import injection, quantization, tree
 from peftax.core import rows as core_rows
 from peftax.core import sites as core_sites
@@ -58,8 +59,13 @@ class Base:
         params = weights.load(self.unread, self.params, shardings=jax.tree.map(lambda x: x.sharding, self.params))
         return dataclasses.replace(self, params=params, unread=None)
 
+    @property
+    def rows(self) -> NamedSharding:
+        """Where a batch lies."""
+        return NamedSharding(self.mesh, sharding.BATCH)
+
     def inject(self, method: Method) -> Callable:
-        rows = NamedSharding(self.mesh, sharding.BATCH) if self.mesh.size > 1 else None
+        rows = self.rows if self.mesh.size > 1 else None
         return injection.inject(self.model.apply, method, rows=rows, specs=self.specs)
 
     def places(self, half: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -68,7 +74,7 @@ class Base:
 
     def place(self, part: Partition, method: Method) -> Partition:
         """The partition on its shards; base leaves lie there already."""
-        return Partition(*(jax.tree.map(jax.device_put, half, self.places(half, method)) for half in part))
+        return Partition(*(processes.put(half, self.places(half, method)) for half in part))
 
 
 def open_base(**config: Any) -> Base:
@@ -283,12 +289,11 @@ def calibrate(base: Base, config: Mapping[str, Any], batches: pipeline.Batches) 
         return None
     c, began = dict(config["calibration"]), batches.get_state()
     mask_of, n = {True: "weights", False: "segment_ids"}[c["learned"]], c["batches"]
-    rows = NamedSharding(base.mesh, sharding.BATCH)
 
     def looks():
         for _ in range(n):
             batch = {k: v.reshape(-1, v.shape[-1]) for k, v in next(batches).items()}
-            batch = {k: jax.device_put(v, rows) for k, v in batch.items()}
+            batch = {k: processes.put(v, base.rows) for k, v in batch.items()}
             yield batch, batch[mask_of] > 0
 
     def run(apply, params, batch):
@@ -387,7 +392,8 @@ def examples(
         tokenizer.chat_template = chat_template
     encoded, n = chat.encode_all(rows, tokenizer, length=length, policy=policy, split=split)
     told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))
-    print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
+    if processes.first():
+        print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
     return encoded
 
 
@@ -415,6 +421,26 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
     rows.pop("groups", None)
     logging.info("train: %d rows of %d, %.0f%% full", len(rows["tokens"]), length, 100 * packing.fill(rows))
     return pipeline.batches(rows, batch_size=batch_size, seed=data["seed"], accumulate=accumulate)
+
+
+def check_mesh(base: Base, config: Mapping[str, Any], method: Method) -> None:
+    """Raise ValueError where the mesh does not divide the rows or the tokens of a batch."""
+    data, mesh = config["data"], base.mesh
+
+    def check(what: str, n: int, axes: Sequence[str], least: int = 1) -> None:
+        over, parts = " x ".join(f"{a}={mesh.shape[a]}" for a in axes), math.prod(mesh.shape[a] for a in axes)
+        if n % parts:
+            near = [m for m in (n // parts * parts, -(-n // parts) * parts) if m >= least]
+            raise ValueError(
+                f"{what} {n} is not divided by the mesh's {over}; nearest: {' or '.join(map(str, near))}, "
+                f"or another config.mesh"
+            )
+
+    check("config.train.batch_size", config["train"]["batch_size"], ("data", "fsdp"))
+    for name in ("train_length", "length") if data["task"] or data["valid"] else ("train_length",):
+        name = name if data[name] else "length"
+        check(f"config.data.{name}", data[name], ("sequence",))
+    check(f"{method.name} puts virtual tokens before each row, whose number", method.front, ("sequence",))
 
 
 def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:

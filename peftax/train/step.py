@@ -55,12 +55,30 @@ def make_step(
     """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; frozen never is.
 
     Args:
+      shardings: of the state; pinned on the way out, so that the second step finds the first one's program.
+      The others: as in plain_step.
+    """
+    step = plain_step(apply, loss, optimizer, accumulate=accumulate, dropout_seed=dropout_seed, penalty=penalty)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def plain_step(
+    apply: Callable,
+    loss: Callable[..., tuple[jax.Array, jax.Array]],
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    dropout_seed: int | jax.Array | None = None,
+    penalty: Callable[[Any], jax.Array] | None = None,
+) -> Callable[[State, Mapping[str, Any], Any], tuple[State, dict[str, jax.Array]]]:
+    """step(state, frozen, batch) -> (state, metrics), to be jitted or mapped over.
+
+    Args:
       apply: an injected apply.
       loss: (apply, params, batch, ctx) -> (sum, weight); the gradient is of sum / weight over the whole batch.
       accumulate: k > 1: batch leaves are [k, b, ...]; equals one batch of k·b, since sums and weights add up first.
       dropout_seed: None trains without dropout.
       penalty: params -> scalar, added to the mean loss.
-      shardings: of the state; pinned on the way out, so that the second step finds the first one's program.
 
     Returns:
       metrics: loss, weight (tokens that count), grad_norm, finite. A step whose loss or gradient is not finite
@@ -104,5 +122,4 @@ def make_step(
         metrics = {"loss": value / weight, "weight": weight, "grad_norm": norm, "finite": finite}
         return State(state.step + 1, trainable, opt_state), metrics
 
-    out = None if shardings is None else (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    return step

@@ -1,4 +1,4 @@
-"""Where metrics go: a line of JSON each, TensorBoard, or both behind one small interface."""
+"""Where metrics go: a line of JSON each, TensorBoard, or several of them behind one small interface."""
 
 from __future__ import annotations
 
@@ -52,11 +52,14 @@ class TensorBoard:
         self._writer.close()
 
 
-class Both:
-    """Several writers as one."""
+class All:
+    """Any number of writers as one; none of them in a process that is not the first."""
 
-    def __init__(self, *writers: Writer):
-        self._writers = writers
+    def __init__(self) -> None:
+        self._writers: list[Writer] = []
+
+    def add(self, writer: Writer) -> None:
+        self._writers.append(writer)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self._writers:

@@ -19,7 +19,7 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from peftax import methods
+from peftax import methods, processes
 from peftax.core import hf, tree
 from peftax.core.adapters import Slot, is_theta
 from peftax.core.adapters import slots as slots_of
@@ -84,7 +84,7 @@ def load(
             if slot.path in trainable:
                 filled[slot.path][slot.index] = value
             else:
-                fixed.setdefault(slot.path, np.array(frozen[slot.path]))[slot.index] = value
+                fixed.setdefault(slot.path, np.array(processes.whole(frozen[slot.path])))[slot.index] = value
         for _, copy in _copies(piece, form, sites):
             tensors.pop(copy, None)
     frozen |= {path: jnp.asarray(value) for path, value in fixed.items()}
@@ -122,6 +122,8 @@ def save(
 ) -> Path:
     """Write the adapter; the folder appears under its name only when it is whole, and replaces an older one.
 
+    Of several processes all call it and the first writes.
+
     Args:
       base: the base's path or hub id, for adapter_config.json.
       extra: fields to keep, such as an adapter's own when it is written again.
@@ -130,6 +132,10 @@ def save(
         others the table is written whole, as PEFT does.
     """
     folder = Path(folder)
+    part = _gathered(part, method, grown or {})
+    if not processes.first():
+        processes.wait(f"{folder.name} is written")
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
@@ -143,7 +149,21 @@ def save(
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    processes.wait(f"{folder.name} is written")
     return folder
+
+
+def _gathered(part: Partition, method: Method, tables: Iterable[str]) -> Partition:
+    """What a folder holds, on this host where other processes have shards of it; the rest of the base as it lies."""
+
+    def gathered(half: Mapping[str, Any], chosen) -> dict[str, Any]:
+        flat = tree.flatten(half)
+        return tree.unflatten(
+            {p: processes.whole(x) if chosen(p) and processes.spread(x) else x for p, x in flat.items()}
+        )
+
+    frozen = gathered(part.frozen, lambda path: path in tables or is_theta(path, method))
+    return Partition(frozen, gathered(part.trainable, lambda path: True))
 
 
 def without_peft_type(name: str) -> str | None:
@@ -255,7 +275,7 @@ def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Me
 
 def _numbers(leaf: Any) -> np.ndarray:
     """A leaf on the host; floating numbers are float32 in every file."""
-    value = np.asarray(jax.device_get(leaf))
+    value = processes.whole(leaf)
     return value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 

@@ -5,11 +5,13 @@ Loaded leaf by leaf onto their shards, saved as a Hugging Face folder, told apar
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from peftax import processes
 from peftax.core import quantization
 from peftax.core import tree as trees
 from peftax.ops.qtensor import QTensor, dense
+from peftax.ops.quantize import nested_scales
 from peftax.weights import bitsandbytes, names, source
 from peftax.weights.source import Source
 
+TOGETHER = 64 << 20  # bytes of a leaf that are put together on the host, or for each shard; above it layer by layer
+SLAB = 128 << 20  # bytes that are read at once
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -102,18 +109,57 @@ def check(weights: Source, abstract: trees.Tree) -> None:
         logging.warning("%s: not used by the model: %s%s", weights.path, first, more)
 
 
-def _place(weights: Source, leaf: names.Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
-    if sharding is None:
+def _place(weights: Source, leaf: names.Leaf, dtype: np.dtype, place: Any) -> jax.Array:
+    whole = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    if place is None:
         return jax.device_put(_read(weights, leaf, dtype, (slice(None),) * len(leaf.shape)))
-    parts: dict[Any, np.ndarray] = {}  # replicas of a shard are read once
+    if not _by_layer(leaf, whole, place):
+        return _shards(whole, place, lambda index: _read(weights, leaf, dtype, index))
+    one, at = _of_one_layer(whole, place)
+    layers = (
+        _shards(one, at, functools.partial(_block, weights, leaf, layer, dtype=dtype))
+        for layer in range(len(leaf.names))
+    )
+    return _stacked(whole, place, layers)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-        if key not in parts:
-            parts[key] = _read(weights, leaf, dtype, index)
-        return parts[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, shard)
+def _shards(x: Any, place: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """An array of which this process reads its own shards, one after another; replicas are read once."""
+    of: dict[Any, list[Any]] = {}
+    for device, index in place.addressable_devices_indices_map(x.shape).items():
+        key = tuple(s.indices(n) for s, n in zip(index, x.shape, strict=True))
+        of.setdefault(key, []).append(device)
+    parts = []
+    for key, devices in of.items():
+        part = read(tuple(slice(*k) for k in key))
+        parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(x.shape, place, parts, dtype=x.dtype)
+
+
+def _by_layer(leaf: names.Leaf, shapes: Any, places: Any) -> bool:
+    """Is a leaf laid on its devices layer by layer? Else it is put together on the host, or each of its shards is."""
+    whole = [isinstance(at, NamedSharding) and not any(at.spec[:1]) for at in jax.tree.leaves(places)]
+    return leaf.stacked and all(whole) and trees.nbytes(shapes) > TOGETHER
+
+
+def _of_one_layer(shapes: Any, places: Any) -> tuple[Any, Any]:
+    """(shapes of one layer, how they lie)"""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    return one, jax.tree.map(lambda at: NamedSharding(at.mesh, PartitionSpec(*at.spec[1:])), places)
+
+
+def _stacked(shapes: Any, places: Any, layers: Iterable[Any]) -> Any:
+    """Layers laid one by one into their stack, which is made where it lies: the host holds one at a time."""
+    empty = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+    stack = jax.jit(empty, out_shardings=places)()
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
+    def lay(stack, layer, i):
+        return jax.tree.map(lambda into, x: jax.lax.dynamic_update_index_in_dim(into, x, i, 0), stack, layer)
+
+    for i, layer in enumerate(layers):
+        stack = jax.block_until_ready(lay(stack, layer, i))
+    return stack
 
 
 def as_filed(weights: Source, shapes: trees.Tree, paths: Iterable[str]) -> dict[str, QTensor]:
@@ -129,40 +175,138 @@ def as_filed(weights: Source, shapes: trees.Tree, paths: Iterable[str]) -> dict[
     return found
 
 
-def _pack(weights: Source, leaf: names.Leaf, wanted: QTensor, sharding: Any) -> QTensor:
+def _pack(weights: Source, leaf: names.Leaf, wanted: QTensor, places: Any) -> QTensor:
     """A leaf in few bits, read and packed layer by layer."""
+    if places is not None and _by_layer(leaf, wanted, places):
+        return _pack_on_shards(weights, leaf, wanted, places)
     stack = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted)
-    own = [x.shape[leaf.stacked :] for x in jax.tree.leaves(wanted)]
     for layer, name in enumerate(leaf.names):
-        if weights.packed(name) == wanted.fmt:
-            made = weights.read_packed(name)
-        else:
-            try:
-                made = quantization.like(jnp.asarray(leaf.to_tree(weights.read(name))), wanted)
-            except ValueError as error:
-                raise ValueError(f"{weights.path}: tensor {name!r}: {error}") from error
-        if [x.shape for x in jax.tree.leaves(made)] != own:
-            raise ValueError(
-                f"{weights.path}: tensor {name!r} lies in {wanted.fmt} with groups of {made.group}, not as its other "
-                "layers or config.model.quantize would have it; start from float weights"
-            )
+        if (made := _as_it_lies(weights, leaf, name, wanted)) is None:
+            made = _packed(weights, name, jnp.asarray(leaf.to_tree(weights.read(name))), wanted)
         for into, x in zip(jax.tree.leaves(stack), jax.tree.leaves(made), strict=True):
             into[layer if leaf.stacked else ...] = x
-    if sharding is None:
+    if places is None:
         return jax.tree.map(jax.device_put, stack)
-    return jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, lambda i: x[i]), stack, sharding)
+    return jax.tree.map(lambda x, at: _shards(x, at, x.__getitem__), stack, places)
+
+
+def _as_it_lies(weights: Source, leaf: names.Leaf, name: str, wanted: QTensor) -> QTensor | None:
+    """A tensor that its file holds in the bits that are wanted, in numpy arrays; None where it holds others."""
+    if weights.packed(name) != wanted.fmt:
+        return None
+    made = weights.read_packed(name)
+    if [x.shape for x in jax.tree.leaves(made)] != [x.shape[leaf.stacked :] for x in jax.tree.leaves(wanted)]:
+        raise ValueError(
+            f"{weights.path}: tensor {name!r} lies in {wanted.fmt} with groups of {made.group}, not as its other "
+            "layers or config.model.quantize would have it; start from float weights"
+        )
+    return jax.tree.unflatten(jax.tree.structure(wanted), jax.tree.leaves(made))
+
+
+def _packed(weights: Source, name: str, numbers: jax.Array, wanted: QTensor) -> QTensor:
+    try:
+        return quantization.like(numbers, wanted)
+    except ValueError as error:
+        raise ValueError(f"{weights.path}: tensor {name!r}: {error}") from error
+
+
+def _pack_on_shards(weights: Source, leaf: names.Leaf, wanted: QTensor, places: QTensor) -> QTensor:
+    """`_pack` where this process reads and packs no more than its own shards of each layer.
+
+    Second scales belong to a whole weight: they are made of the first ones that all processes have found.
+    """
+    one, at = _of_one_layer(wanted, places)
+    plain = dataclasses.replace(one, nested=None, offset=None)
+    first = jax.ShapeDtypeStruct(one.scale.shape, jnp.float32) if one.double else one.scale
+    whole = NamedSharding(at.packed.mesh, PartitionSpec())
+    nest = jax.jit(
+        lambda scale: nested_scales(jax.lax.with_sharding_constraint(scale, whole)),
+        out_shardings=(at.scale, at.nested, at.offset),
+    )
+
+    def of_layer(layer: int) -> QTensor:
+        name = leaf.names[layer]
+        if (made := _as_it_lies(weights, leaf, name, wanted)) is not None:
+            return jax.tree.map(lambda x, at: _shards(x, at, x.__getitem__), made, at)
+        parts: dict[Any, QTensor] = {}
+
+        def part(groups: slice, columns: slice) -> QTensor:
+            key = (groups.start, groups.stop, columns.start, columns.stop)
+            if key not in parts:
+                rows = slice(groups.start * one.group, groups.stop * one.group)
+                parts[key] = _packed_part(weights, leaf, layer, rows, columns, plain)
+            return parts[key]
+
+        def bytes_of(index):
+            """A device's bytes, cut out of the groups that it has the scales of: its own, or all where it cuts one."""
+            rows, columns = index
+            by, n = one.group // one.per_byte, first.shape[0]
+            groups = slice(rows.start // by, rows.stop // by) if at.scale.spec[0] else slice(0, n)
+            return part(groups, columns).packed[rows.start - groups.start * by : rows.stop - groups.start * by]
+
+        def stats(of):
+            return lambda index: getattr(part(index[0], index[2]), of)
+
+        made = {"packed": _shards(one.packed, at.packed, bytes_of), "scale": _shards(first, at.scale, stats("scale"))}
+        if one.low is not None:
+            made["low"] = _shards(one.low, at.low, stats("low"))
+        if one.double:
+            made["scale"], made["nested"], made["offset"] = nest(made["scale"])
+        return dataclasses.replace(one, **made)
+
+    return _stacked(wanted, places, (of_layer(layer) for layer in range(len(leaf.names))))
+
+
+def _packed_part(
+    weights: Source, leaf: names.Leaf, layer: int, rows: slice, columns: slice, wanted: QTensor
+) -> QTensor:
+    """Whole groups of some columns of one layer, in numpy arrays; read and packed some columns at a time."""
+    made = []
+    for cut in _cuts(columns, (rows.stop - rows.start) * leaf.dtype.itemsize):
+        numbers = jnp.asarray(_block(weights, leaf, layer, (rows, cut)))
+        made.append(jax.tree.map(np.asarray, _packed(weights, leaf.names[layer], numbers, wanted)))
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *made)
 
 
 def _read(weights: Source, leaf: names.Leaf, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """A block of a leaf; the slice over layers picks the files' tensors."""
     spans = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
     block = np.empty([len(span) for span in spans], dtype)
-    own = [slice(span.start, span.stop) for span in spans[leaf.stacked :]]
-    inside = tuple(own[axis] for axis in leaf.order)
+    own = tuple(slice(span.start, span.stop) for span in spans[leaf.stacked :])
     layers = spans[0] if leaf.stacked else (0,)
     for part, layer in zip(block if leaf.stacked else (block,), layers, strict=True):
-        part[...] = leaf.to_tree(weights.read(leaf.names[layer], index=inside))
+        _fill(part, weights, leaf, layer, own)
     return block
+
+
+def _block(
+    weights: Source, leaf: names.Leaf, layer: int, own: tuple[slice, ...], *, dtype: np.dtype | None = None
+) -> np.ndarray:
+    """A block of one layer's tensor as the tree holds it; dtype None: the file's."""
+    kind = weights.dtype(leaf.names[layer]) if dtype is None else dtype
+    return _fill(np.empty([s.stop - s.start for s in own], kind), weights, leaf, layer, own)
+
+
+def _fill(block: np.ndarray, weights: Source, leaf: names.Leaf, layer: int, own: tuple[slice, ...]) -> np.ndarray:
+    """The block, filled some of the file's rows at a time."""
+    into, inside = leaf.to_file(block), tuple(own[axis] for axis in leaf.order)
+    if not inside:
+        into[...] = weights.read(leaf.names[layer], index=inside)
+        return block
+    row = block.nbytes // max(1, len(into))
+    for cut in _cuts(inside[0], row):
+        at = slice(cut.start - inside[0].start, cut.stop - inside[0].start)
+        into[at] = weights.read(leaf.names[layer], index=(cut, *inside[1:]))
+    return block
+
+
+def _cuts(span: slice, row: int) -> Iterator[slice]:
+    """The span in about equal runs of at most SLAB bytes, `row` bytes each."""
+    n = span.stop - span.start
+    runs = max(1, -(-n * row // SLAB))
+    step = max(1, -(-n // runs))
+    for start in range(span.start, span.stop, step):
+        yield slice(start, min(start + step, span.stop))
 
 
 def save(
@@ -176,10 +320,11 @@ def save(
 ) -> Path:
     """Write a Hugging Face checkpoint folder; it appears under its name only when it is whole.
 
-    Weights in nf4 and fp4 are written as bitsandbytes holds them, in other formats as numbers.
+    Weights in nf4 and fp4 are written as bitsandbytes holds them, in other formats as numbers. Of several processes
+    all call it and the first writes.
 
     Args:
-      params: the tree; layers scanned or not, on any sharding this process can reach.
+      params: the tree; layers scanned or not, on any sharding.
       config: the checkpoint's config.json; dtype, architecture, untied head are brought up to date.
       into: a folder that does not exist or is empty.
       tokenizer: a transformers tokenizer to lay beside.
@@ -187,6 +332,10 @@ def save(
       max_shard_bytes: a file's limit; one tensor above it gets a file of its own.
     """
     into = Path(into)
+    if not processes.first():
+        _write_tensors(params, None, dtype, max_shard_bytes)  # hands over its shards
+        processes.wait(f"{into.name} is written")
+        return into
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise FileExistsError(f"{into}: exists; remove it or choose another folder")
     into.parent.mkdir(parents=True, exist_ok=True)
@@ -203,11 +352,12 @@ def save(
         part.replace(into)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    processes.wait(f"{into.name} is written")
     return into
 
 
-def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np.dtype:
-    """Write the shards; returns the type of the floating tensors."""
+def _write_tensors(params: trees.Tree, into: Path | None, dtype: Any, limit: int) -> np.dtype:
+    """Write the shards (None: only take part in gathering them); returns the type of the floating tensors."""
     flat, leaves = trees.flatten(params), list(names.walk(params))
     target = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
@@ -230,19 +380,23 @@ def _write_tensors(params: trees.Tree, into: Path, dtype: Any, limit: int) -> np
         file = file if len(shards) > 1 else source.SINGLE
         tensors = {}
         for leaf, parts in _by_leaf(shard):
-            if as_bits(flat[leaf.path]):
-                for layer in parts:
-                    own = jax.tree.map(lambda x, i=layer: x[i], flat[leaf.path]) if leaf.stacked else flat[leaf.path]
-                    tensors |= bitsandbytes.to_tensors(leaf.names[layer], own)
-                continue
-            whole = np.asarray(dense(flat[leaf.path]))
+            bits, x = as_bits(flat[leaf.path]), flat[leaf.path]
+            if not bits and not any(map(processes.spread, jax.tree.leaves(x))):
+                x = np.asarray(dense(x))
             for layer in parts:
-                own = leaf.to_file(whole[layer] if leaf.stacked else whole)
-                # save_file writes the memory as it lies: it must be contiguous
-                tensors[leaf.names[layer]] = np.ascontiguousarray(own, dtype=stored(leaf)).reshape(own.shape)
-        save_file(tensors, into / file, metadata={"format": "pt"})
+                own = jax.tree.map(lambda x, i=layer: x[i], x) if leaf.stacked else x
+                if bits:
+                    own = bitsandbytes.to_tensors(leaf.names[layer], jax.tree.map(processes.whole, own))
+                else:
+                    own = leaf.to_file(processes.whole(dense(own)))
+                    # save_file writes the memory as it lies: it must be contiguous
+                    own = {leaf.names[layer]: np.ascontiguousarray(own, dtype=stored(leaf)).reshape(own.shape)}
+                if into is not None:
+                    tensors |= own
+        if into is not None:
+            save_file(tensors, into / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
-    if len(shards) > 1:
+    if into is not None and len(shards) > 1:
         _dump(into / source.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     floats = [stored(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return floats[0] if floats else np.dtype(np.float32)
@@ -306,12 +460,13 @@ def fingerprint(params: trees.Tree) -> str:
     """A hash of every number, type and name; the same for any sharding, layers scanned or not."""
     digests = {}
     for leaf, x in zip(names.walk(params), trees.flatten(params).values(), strict=True):
-        whole = [np.asarray(part) for part in jax.tree.leaves(x)]  # of a packed weight several
+        # of a packed weight several; what lies over several processes is gathered layer by layer
+        held = [part if processes.spread(part) else np.asarray(part) for part in jax.tree.leaves(x)]
         kind = f"{leaf.dtype.name} {x.fmt}" if isinstance(x, QTensor) else leaf.dtype.name
         for layer, name in enumerate(leaf.names):
             digest = hashlib.blake2b(f"{leaf.tensor_shape} {kind}".encode())
-            for part in whole:
-                own = np.ascontiguousarray(part[layer] if leaf.stacked else part)
+            for part in held:
+                own = np.ascontiguousarray(processes.whole(part[layer] if leaf.stacked else part))
                 digest.update(own.reshape(-1).view(np.uint8))
             digests[name] = digest.hexdigest()
     return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()

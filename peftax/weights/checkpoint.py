@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from peftax import processes
+
 
 class Checkpoints:
     """The numbered checkpoints of one folder; a half-written or damaged one is never loaded, the oldest make room."""
@@ -27,7 +29,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: Any, facts: Mapping[str, Any]) -> None:
-        """arrays: a pytree; facts: JSON (data position, the base's fingerprint, the best so far)."""
+        """arrays: a pytree; facts: JSON (data position, the base's fingerprint, the best so far). Each process writes
+        its own shards.
+        """
         facts = {**facts, "checksum": checksum(arrays)}
         self._manager.save(
             step,
@@ -37,7 +41,8 @@ class Checkpoints:
     def restore(self, like: Any, *, base: str) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, arrays in the shapes and shardings of `like`, facts) of the newest whole checkpoint; None of none.
 
-        A damaged one is named in a warning and moved beside the folder, so that its step can be saved again.
+        The mesh and the number of processes may be others than those that saved. A damaged one is named in a warning
+        and moved beside the folder, so that its step can be saved again.
 
         Raises:
           ValueError: the checkpoint stands on another base, or there are checkpoints and none is whole.
@@ -49,7 +54,11 @@ class Checkpoints:
             except (_OtherBase, MemoryError, PermissionError):
                 raise
             except Exception as error:  # Orbax meets a damaged file with many kinds
+                if processes.lost(error):
+                    raise
                 damaged[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            if processes.anyone(step in damaged):
+                damaged.setdefault(step, "another process could not read its part")
                 continue
             for bad, why in damaged.items():
                 self._move_away(bad, why, step)
@@ -76,14 +85,16 @@ class Checkpoints:
         return facts, arrays
 
     def _move_away(self, step: int, why: str, instead: int) -> None:
-        beside = self.folder.with_name(f"{self.folder.name}.damaged")
-        beside.mkdir(exist_ok=True)
-        into = next(p for n in range(10**6) if not (p := beside / f"{step}{f'.{n}' if n else ''}").exists())
-        (self.folder / str(step)).rename(into)
+        if processes.first():
+            beside = self.folder.with_name(f"{self.folder.name}.damaged")
+            beside.mkdir(exist_ok=True)
+            into = next(p for n in range(10**6) if not (p := beside / f"{step}{f'.{n}' if n else ''}").exists())
+            (self.folder / str(step)).rename(into)
+            logging.warning(
+                "%s is damaged (%s): moved to %s, going on from step %d", self.folder / str(step), why, into, instead
+            )
+        processes.wait(f"{step} is moved")
         self._manager.reload()
-        logging.warning(
-            "%s is damaged (%s): moved to %s, going on from step %d", self.folder / str(step), why, into, instead
-        )
 
     def close(self) -> None:
         self._manager.close()
@@ -94,8 +105,9 @@ class _OtherBase(ValueError):
 
 
 def checksum(arrays: Any) -> int:
-    """Of every number of a tree. Files that end early or vanish may else be read as zeros."""
+    """Of every number of a tree, however it lies. Files that end early or vanish may else be read as zeros."""
     found = 0
     for x in jax.tree.leaves(arrays):
-        found = zlib.crc32(np.ascontiguousarray(jax.device_get(x)).reshape(-1).view(np.uint8), found)
+        for part in processes.parts(x):
+            found = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8), found)
     return found

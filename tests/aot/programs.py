@@ -1,5 +1,5 @@
-"""Whole programs of a Llama with LoRA on all linear layers, in shapes: a training step, an evaluation, decoding, and
-several adapters on one base.
+"""Whole programs of a Llama with LoRA in shapes: a training step, an evaluation, decoding, and several adapters on one
+base.
 """
 
 import dataclasses
@@ -36,6 +36,11 @@ LLAMA_70B = {  # Llama-3.1-70B, whole
     **dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128256),
     **dict(num_attention_heads=64, num_key_value_heads=8),
 }
+LLAMA_405B = {  # Llama-3.1-405B, whole
+    **BASE,
+    **dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, vocab_size=128256),
+    **dict(num_attention_heads=128, num_key_value_heads=8),
+}
 KINDS = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
 
 
@@ -49,15 +54,17 @@ class Program:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     batch: int = 8
     length: int = 1024
+    remat: str = "full"
+    lora: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rank": 16})
 
     def __post_init__(self):
-        model = models.build(self.config, scan=True, remat="full", dtype="bfloat16", param_dtype="bfloat16")
+        model = models.build(self.config, scan=True, remat=self.remat, dtype="bfloat16", param_dtype="bfloat16")
         shapes = models.abstract(model)
         found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
         grid = sharding.make_mesh(**self.mesh, devices=self.devices)
         specs = sharding.base_specs(shapes, found, grid)
         rows = NamedSharding(grid, sharding.BATCH)
-        method = methods.make("lora", rank=16)
+        method = methods.make("lora", **self.lora)
         on_mesh = {"rows": rows, "specs": specs} if len(self.devices) > 1 else {}
         apply = injection.inject(model.apply, method, **on_mesh)
         base = quantization.quantize(shapes, self.rules, found)
@@ -95,7 +102,7 @@ class Program:
     def decode(self, new: int = 32):
         """A batch of prompts is read and continued."""
         generator = Generator(self._apply, self._model.init_cache, max_new_tokens=new, eos_ids=(0,))
-        tokens, rows = self.batch_of()["tokens"], NamedSharding(self._grid, sharding.BATCH)
+        tokens, rows = self.batch_of()["tokens"], sharding.of_batch((self.batch,), self._grid)
         numbers = jax.ShapeDtypeStruct((self.batch,), jnp.int32, sharding=rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -86,3 +87,20 @@ def test_too_few_rows_for_a_batch():
         pipeline.batches(rows(), batch_size=8, accumulate=2, seed=0)
     with pytest.raises(ValueError, match="at least 1"):
         pipeline.batches(rows(), batch_size=0, seed=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_device_gets_the_rows_that_are_its_own(monkeypatch, accumulate):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    lead = (None,) if accumulate > 1 else ()
+    at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*lead, "data"))
+    data = {"tokens": np.arange(1, 45, dtype=np.int32).reshape(22, 2)}
+    kept = dict(batch_size=8, seed=0, epochs=1, accumulate=accumulate, drop_remainder=False)
+    whole = list(pipeline.batches(data, **kept))
+    asked, taken = [], pipeline._taken
+    monkeypatch.setattr(pipeline, "_taken", lambda array, chosen: asked.append(chosen.size) or taken(array, chosen))
+    placed = pipeline.batches(data, **kept)
+    for batch in whole:
+        np.testing.assert_array_equal(placed.place(at)["tokens"], batch["tokens"])
+    assert set(asked) == {2 * accumulate}
+    assert (whole[-1]["tokens"] == 0).all(axis=-1).sum() == {1: 2, 2: 10}[accumulate]  # it is filled up

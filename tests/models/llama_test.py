@@ -1,5 +1,7 @@
 """What can be said of the backbone without another framework; logits are compared in tests/parity."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ TINY = dict(
 def test_unknown_types_and_options_name_what_there_is():
     with pytest.raises(ValueError, match="'gpt2' has no backbone here; there are llama, mistral, qwen2"):
         models.build({**TINY, "model_type": "gpt2"})
-    with pytest.raises(ValueError, match="remat 'half' is none of none, dots, full"):
+    with pytest.raises(ValueError, match="remat 'half' is none of none, dots, full, offload"):
         models.build(TINY, remat="half")
     with pytest.raises(ValueError, match="rope_type 'yarn' is not supported; supported: default, linear, llama3"):
         models.build({**TINY, "rope_scaling": {"rope_type": "yarn"}})
@@ -42,3 +44,18 @@ def test_windows_and_layers_without_rope():
     assert models.build(TINY).config.windows == (NO_WINDOW,) * 2
     smol = models.build({**TINY, "model_type": "smollm3", "no_rope_layers": [1, 0]}).config
     assert smol.rope_layers == (True, False)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_offloaded_inputs_of_layers_give_the_same_gradients(scan):
+    """They wait in the host's memory, one array a layer, which on a CPU is a copy."""
+    tokens = jnp.arange(14).reshape(2, 7) % 11
+    found = {}
+    for remat in ("full", "offload"):
+        model = models.build(TINY, scan=scan, remat=remat)
+        params = model.init(jax.random.key(0), tokens)
+        slopes = jax.jit(jax.value_and_grad(lambda p, m=model: jnp.sum(jnp.sin(m.apply(p, tokens)))))
+        found[remat] = slopes(params)
+        moves = str(jax.make_jaxpr(slopes)(params)).count("device_put")
+        assert moves == {"full": 0, "offload": 2 if scan else 4}[remat]  # there and back
+    jax.tree.map(np.testing.assert_array_equal, found["full"], found["offload"])

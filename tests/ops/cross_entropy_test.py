@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax.ops.cross_entropy import chunked_nll, token_nll
 
@@ -39,6 +40,38 @@ def test_equals_all_at_once(chunk):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("t", "parts", "chunk"), [(8, 2, 4), (10, 2, 4), (11, 2, 4), (8, 4, 2)])
+def test_chunks_of_a_row_in_parts(t, parts, chunk):
+    """Each takes as much of every part; where they do not divide the row, or a chunk has less than a part each, too."""
+    h, w, targets, weights = data()
+    h, targets, weights = h[:, :t], targets[:, :t], weights[:, :t]
+    seen = []
+
+    def head(h):
+        seen.append(h.shape[1])
+        return h @ w
+
+    nll = chunked_nll(head, h, targets, weights, chunk=chunk, parts=parts)
+    np.testing.assert_allclose(nll, jnp.where(weights > 0, token_nll(h @ w, targets), 0), rtol=1e-5)
+    assert set(seen) == {max(chunk, parts)}
+
+
+def test_every_device_works_on_every_chunk():
+    """On a row over two devices a chunk's logits are half on each, and no hidden state moves."""
+    h, w, targets, weights = data()
+    mesh = jax.make_mesh((2,), ("sequence",), devices=jax.devices()[:2])
+    h, targets, weights = (
+        jax.device_put(x[:, :8], NamedSharding(mesh, PartitionSpec(None, "sequence"))) for x in (h, targets, weights)
+    )
+
+    def total(h, w):
+        return jnp.sum(chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4, parts=2))
+
+    text = jax.jit(jax.grad(total)).lower(h, w).compile().as_text()
+    assert f"f32[{B},2,{V}]" in text and f"f32[{B},4,{V}]" not in text
+    assert " all-gather" not in text and " all-to-all" not in text and " collective-permute" not in text
 
 
 @pytest.mark.parametrize("trained", [0, 1, (0, 1)], ids=["h", "w", "both"])

@@ -103,6 +103,22 @@ def test_a_chosen_block_is_listed(files):
     assert re.search(r"down_proj +│ linear +│ +48x32 │ 0 of 2", out)
 
 
+def test_a_mesh_shows_where_leaves_lie(files, monkeypatch):
+    """Shape, axes and bytes a device: of up_proj, 2 layers of 32 x 48 in f32, an eighth; a head of 3 stays whole."""
+    eight = jax.local_devices()
+    keys = [("model.path", str(files[0])), ("mesh.fsdp", "2"), ("mesh.tensor", "4")]
+    config = recipe.load("default", keys).to_dict()
+    one = setup.sketch(setup.outline(path=str(files[0])), config["method"])
+    assert printed(inspect.show_mesh, one) == ""
+    monkeypatch.setattr("peftax.sharding.jax.devices", lambda: eight)
+    run = setup.sketch(setup.outline(**config["model"], mesh=config["mesh"]), config["method"])
+    out = printed(inspect.show_mesh, run)
+    assert "data 1 x fsdp 2 x tensor 4 x sequence 1" in out
+    assert re.search(r"mlp/up_proj/kernel +│ +1 │ +2x32x48 │ +-, fsdp, tensor │ +1.5 KiB │ +│", out), out
+    heads, kv = (run.base.config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    assert re.search(rf"attention over tensor 4: a device has \d of {heads} heads and \d of {kv} key heads", out)
+
+
 def test_inspect_reads_no_weights_and_writes_nothing(files, tmp_path, capsys, monkeypatch):
     base, data = files
     monkeypatch.chdir(tmp_path)

@@ -95,3 +95,29 @@ def test_a_start_that_a_chain_cannot_make(gptq):
         setup.sketch(base, {"name": "lora+adapter", "lora": {"init": "eva"}})
     with pytest.raises(ValueError, match="holds no tokenizer for init_text; give init_ids"):
         setup.sketch(base, {"name": "prompt", "init": "tokens", "init_text": "a text"})
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_told_at_the_door(gptq):
+    """Rows over data x fsdp, tokens over sequence; of a prompt the virtual tokens too, for they stand in the row."""
+    base = setup.outline(path=str(gptq), mesh={"data": 2, "fsdp": 2, "sequence": 2})
+    config = {
+        "train": {"batch_size": 8},
+        "data": {"task": None, "valid": "v.jsonl", "length": 10, "train_length": 8},
+        "method": {"name": "prompt", "length": 4},
+    }
+
+    def check(section, **changes):
+        changed = {**config, section: {**config[section], **changes}}
+        setup.check_mesh(base, changed, setup.make_method(base, changed["method"]))
+
+    check("train")
+    with pytest.raises(ValueError, match="batch_size 6 is not divided by the mesh's data=2 x fsdp=2; nearest: 4 or 8"):
+        check("train", batch_size=6)
+    with pytest.raises(ValueError, match="batch_size 2 .*; nearest: 4, or another"):
+        check("train", batch_size=2)
+    for name in ("train_length", "length"):
+        with pytest.raises(ValueError, match=f"config.data.{name} 9 .* sequence=2; nearest: 8 or 10"):
+            check("data", **{name: 9})
+    check("data", length=9, valid=None)
+    with pytest.raises(ValueError, match="prompt puts virtual tokens .* 5 .* sequence=2; nearest: 4 or 6"):
+        check("method", length=5)

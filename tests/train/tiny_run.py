@@ -43,13 +43,15 @@ def data_file(into: Path, rows: int = 24) -> Path:
 
 
 def config(base: Path, data: Path, **overrides: str) -> dict:
-    """A resolved config; overrides are dotted keys with "__" for the dots."""
+    """A resolved config; overrides are dotted keys with "__" for the dots. A method comes first: it brings defaults."""
+    given = {k.replace("__", "."): v for k, v in overrides.items()}
+    first = {"method.name": given.pop("method.name")} if "method.name" in given else {"method.rank": "4"}
     keys = {
+        **first,
         "model.path": str(base),
         "data.train": str(data),
         "data.valid": str(data),
         "data.length": "64",
-        "method.rank": "4",
         "optimizer.learning_rate": "0.01",
         "train.steps": "6",
         "train.batch_size": "8",
@@ -58,6 +60,6 @@ def config(base: Path, data: Path, **overrides: str) -> dict:
         "train.tensorboard": "False",
         "mesh.fsdp": "1",
         "mesh.data": "1",
-        **{k.replace("__", "."): v for k, v in overrides.items()},
+        **given,
     }
     return recipe.load("default", list(keys.items())).to_dict()

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftax import processes
 from peftax.core import lift, tree
 from peftax.core.method import Method, Partition, parts
 from peftax.core.sites import Sites
@@ -112,7 +113,7 @@ def calibrate(
     now: dict[str, jax.Array] = {}  # the mask of the batch that is being traced
     probe = _probe(4 * max(most.values()) + 16, lambda name, kind: {} if name in wanted else None, now)
     part = jax.jit(lambda p: probe.init(jax.random.key(0), p, sites))(params)
-    sketches = {p: np.asarray(x) for p, x in tree.flatten(part.frozen).items() if p.endswith("/eva/default/omega")}
+    sketches = {p: processes.whole(x) for p, x in tree.flatten(part.frozen).items() if p.endswith("/eva/default/omega")}
     apply = inject(probe)
 
     @jax.jit
@@ -128,7 +129,7 @@ def calibrate(
     for batch, mask in batches:
         counted, seen = counted + float(mask.sum()), seen + 1
         for path, x in tree.flatten(statistics(part.trainable, part.frozen, batch, mask)).items():
-            sums[path] = sums.get(path, 0) + np.asarray(x, np.float64)
+            sums[path] = sums.get(path, 0) + processes.whole(x).astype(np.float64)
         before, spectra = spectra, {}
         for path, omega in sketches.items():
             at = path.removesuffix("/omega")

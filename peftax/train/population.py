@@ -1,0 +1,271 @@
+"""Runs that differ in learning rate, seeds, alpha or rank, trained in one program: their trainable halves lie side by
+side in front of one frozen base, which each step reads once.
+
+A member is a run of its own: its gradients and losses are those of the single run (tests/train/population_test.py), its
+folder holds what that run's would, but for the checkpoints, which are the population's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftax import weights
+from peftax.core import tree
+from peftax.train import evaluate, loop, loss, optimizers, programs, setup, writers
+from peftax.train.step import State, plain_step
+from peftax.weights.checkpoint import Checkpoints
+
+FREE = {  # keys of a config in which members may differ
+    "optimizer.learning_rate",
+    "method.alpha",
+    "method.rank",
+    "data.seed",
+    "train.init_seed",
+    "train.dropout_seed",
+}
+
+
+def together(configs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why these configs cannot train in one program; None if they can."""
+    flat = [_flat(c) for c in configs]
+    for config in flat[1:]:
+        for key in sorted(flat[0].keys() | config.keys()):
+            if key not in FREE and flat[0].get(key) != config.get(key):
+                return f"they differ in {key}: {flat[0].get(key)!r} and {config.get(key)!r}"
+    first = configs[0]
+    if first["method"].get("init") in ("pissa", "pissa_fast", "olora", "eva", "loftq"):
+        return f"init {first['method']['init']!r} moves or looks at the base, which they share"
+    if first["warm_start"]:
+        return "they start from an adapter"
+    return None
+
+
+@dataclasses.dataclass
+class Population:
+    """Members on one base.
+
+    runs:   each by itself, on its own shapes.
+    state:  their states, stacked; leaves of unlike rank padded with zeros.
+    theta:  their frozen leaves that are not the base's, stacked.
+    rates:  learning rates; seeds: of dropout.
+    step:   (rates, seeds, state, theta, batch, base) -> (state, metrics), each metric with a value a member.
+    """
+
+    runs: list[setup.Run]
+    state: State
+    theta: dict[str, Any]
+    rates: jax.Array
+    seeds: jax.Array
+    step: Any
+
+    @property
+    def base(self) -> dict[str, Any]:
+        return self.runs[0].base.params
+
+    def member(self, i: int) -> setup.Run:
+        """A member's run as it stands, without padding."""
+        own = tree.flatten(jax.tree.map(lambda x: x[i], self.state.trainable))
+        cut = {}
+        for path, x in tree.flatten(self.runs[i].part.trainable).items():
+            cut[path] = own[path][tuple(slice(n) for n in x.shape)]
+        return dataclasses.replace(self.runs[i], part=self.runs[i].part._replace(trainable=tree.unflatten(cut)))
+
+    def params(self, i: int) -> dict[str, Any]:
+        """The whole tree with a member's leaves, padded: all members' have one shape, and so one program."""
+        halves = (jax.tree.map(lambda x: x[i], half) for half in (self.theta, self.state.trainable))
+        return tree.merge(self.base, *halves)
+
+
+def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
+    """The members at their starts.
+
+    Args:
+      shared_batch: all members see the same batch, [B, T]; else each its own, [members, B, T].
+
+    Raises ValueError where they cannot train in one program, and says why.
+    """
+    if why := together(configs):
+        raise ValueError(f"a population: {why}; run these members by themselves")
+    config = configs[0]
+    c = config["train"]
+    runs = [setup.start(base, m["method"], seed=m["train"]["init_seed"]) for m in configs]
+    method = runs[0].method
+    own = tree.flatten(base.params)
+    if any(path in own for path in tree.flatten(runs[0].part.trainable)) and method.move is not None:
+        raise ValueError(f"a population: {method.name} moves the base; run these members by themselves")
+    sizes = [jax.tree.map(jnp.shape, r.part.trainable) for r in runs]
+    if any(s != sizes[0] for s in sizes) and not method.pads:
+        raise ValueError(f"a population: {method.name} does not pad ranks with zeros; sweep its ranks one by one")
+    trainable = stack([r.part.trainable for r in runs])
+    fresh = [{p: x for p, x in tree.flatten(r.part.frozen).items() if p not in own} for r in runs]
+    theta = stack([tree.unflatten(f) for f in fresh])
+    dropout = setup.drops(config["method"])
+
+    def optimizer(rate):
+        settings = {**config["optimizer"], "learning_rate": rate}
+        return optimizers.from_config(settings, steps=c["steps"], method=method, sites=base.sites)[0]
+
+    def objective(apply, params, batch, ctx):
+        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
+
+    penalty = None if method.penalty is None else lambda params: method.penalty(params, base.sites)
+
+    def one(rate, seed, state, theta, batch, base_params):
+        step = plain_step(
+            runs[0].apply,
+            objective,
+            optimizer(rate),
+            accumulate=c["accumulate"],
+            dropout_seed=seed if dropout else None,
+            penalty=penalty,
+        )
+        return step(state, tree.merge(base_params, theta), batch)
+
+    axes = (0, 0, 0, 0, None if shared_batch else 0, None)
+    rates = jnp.asarray([m["optimizer"]["learning_rate"] for m in configs], jnp.float32)
+    seeds = jnp.asarray([m["train"]["dropout_seed"] for m in configs], jnp.uint32)
+    state = jax.vmap(lambda rate, t: State.create(t, optimizer(rate)))(rates, trainable)
+    places = _in_front(programs.training(runs[0], config).places)
+    state = jax.device_put(state, places)
+    theta = jax.device_put(theta, _in_front(base.places(tree.unflatten(fresh[0]), method)))
+    step = jax.jit(jax.vmap(one, axes), donate_argnums=2, out_shardings=(places, None))
+    return Population(runs, state, theta, rates, seeds, step)
+
+
+def _in_front(places: Any) -> Any:
+    """Where members lie: each as it would by itself, all of them on every device."""
+    return jax.tree.map(lambda at: NamedSharding(at.mesh, PartitionSpec(None, *at.spec)), places)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one, members in front; zeros behind what is shorter."""
+
+    def stacked(*leaves):
+        shape = tuple(max(n) for n in zip(*(jnp.shape(x) for x in leaves), strict=True))
+        return jnp.stack([jnp.pad(x, [(0, m - n) for m, n in zip(shape, jnp.shape(x), strict=True)]) for x in leaves])
+
+    return jax.tree.map(stacked, *trees)
+
+
+def train(
+    configs: Sequence[Mapping[str, Any]], folders: Sequence[str | Path], workdir: str | Path
+) -> list[dict[str, Any] | None]:
+    """Train members to their ends, or go on; each folder gets what `loop.train` writes of a run, without checkpoints.
+
+    A member whose loss is no longer a number stands still, and its folder says so in error.txt; the others go on.
+
+    Args:
+      configs, folders: of each member.
+      workdir: of the population: its checkpoints.
+
+    Returns:
+      what loop.train returns, for each member; None where it failed, or where all were told to stop.
+    """
+    folders, c = [Path(f) for f in folders], configs[0]["train"]
+    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"]).load()
+    batches = [
+        setup.train_batches(base, m["data"], batch_size=c["batch_size"], accumulate=c["accumulate"]) for m in configs
+    ]
+    shared = len({m["data"]["seed"] for m in configs}) == 1
+    valid = setup.valid_rows(base, configs[0]["data"])
+    population = make(base, configs, shared_batch=shared)
+    fingerprint = weights.fingerprint(base.params)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=c["keep"])
+    start, facts = 0, {"best": [None] * len(configs), "failed": [None] * len(configs)}
+    if (found := checkpoints.restore({"state": population.state}, base=fingerprint)) is not None:
+        start, arrays, facts = found
+        population.state = arrays["state"]
+        for each, position in zip(batches, facts["data"], strict=True):
+            each.set_state(position)
+    for config, folder in zip(configs, folders, strict=True):
+        loop.claim(folder, config)
+    schedules = [optimizers.schedule_of(m["optimizer"], m["train"]["steps"]) for m in configs]
+    last: list[dict[str, float]] = [{} for _ in configs]
+    with ExitStack() as open_files, closing(checkpoints), loop.Stop() as stop:
+        metrics_to, timings_to = (
+            [open_files.enter_context(closing(writers.Jsonl(f / name, resume_step=start))) for f in folders]
+            for name in ("metrics.jsonl", "timings.jsonl")
+        )
+
+        def look(step: int) -> None:
+            for i, to in enumerate(metrics_to):
+                if facts["failed"][i]:
+                    continue
+                score = None
+                if valid is not None:
+                    score = evaluate.nll(population.runs[0].apply, population.params(i), valid)["nll"]
+                    to.write(step, {"valid_nll": score})
+                best = facts["best"][i]
+                if score is None or best is None or score < best[1]:
+                    facts["best"][i] = [step, score]
+                    population.member(i).save(folders[i] / "adapter", base=str(base.path))
+
+        if start == 0 and valid is not None:
+            look(0)
+        for step in range(start + 1, c["steps"] + 1):
+            began = time.perf_counter()
+            rows = [next(each) for each in (batches[:1] if shared else batches)]
+            batch = {k: rows[0][k] if shared else np.stack([r[k] for r in rows]) for k in rows[0]}
+            population.state, metrics = population.step(
+                population.rates, population.seeds, population.state, population.theta, batch, population.base
+            )
+            metrics = jax.device_get(metrics)
+            seconds = (time.perf_counter() - began) / len(configs)  # a member's share
+            tokens = math.prod(rows[0]["tokens"].shape)
+            for i in range(len(configs)):
+                if facts["failed"][i]:
+                    continue
+                now = {k: float(v[i]) for k, v in metrics.items()}
+                if not now.pop("finite"):
+                    what = f"step {step}: loss {now['loss']} or gradient norm {now['grad_norm']} is not finite"
+                    facts["failed"][i] = what
+                    (folders[i] / "error.txt").write_text(f"FloatingPointError: {what}\n")
+                    continue
+                last[i] = now
+                if step % c["log_every"] == 0 or step == c["steps"]:
+                    metrics_to[i].write(step, {**now, "learning_rate": float(schedules[i](step - 1))})
+                    timings_to[i].write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
+            if step % c["eval_every"] == 0 or step == c["steps"]:
+                look(step)
+            stopping = stop.asked() and step < c["steps"]
+            if step % c["save_every"] == 0 or step == c["steps"] or stopping:
+                facts.update(data=[each.get_state() for each in batches], base=fingerprint)
+                checkpoints.save(step, {"state": population.state}, facts)
+            if stopping:
+                logging.warning("stopped by a signal after step %d; run the same command to go on", step)
+                return [None] * len(configs)
+    done = []
+    for i, folder in enumerate(folders):
+        if facts["failed"][i]:
+            done.append(None)
+            continue
+        best = facts["best"][i]
+        counted = loop.trainable(population.runs[i])
+        done.append(
+            {"trainable": counted, "step": c["steps"], "loss": last[i].get("loss"), "valid": best[1], "best": best}
+            | {"adapter": str(folder / "adapter")}
+        )
+    return done
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = json.loads(json.dumps(value))
+    return out

@@ -1,0 +1,165 @@
+"""Members of a population against their single runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peftax.core import tree
+from peftax.train import population, programs, setup
+from peftax.train.step import State
+from tests.train import tiny_run
+
+METHODS = {
+    "lora": {"method.rank": "4", "method.dropout": "0.1"},
+    "dora": {"method.rank": "4"},
+    "vera": {"method.rank": "8"},
+    "ia3": {},
+    "adapter": {"method.size": "4"},
+    "prompt": {"method.length": "4"},
+    "oft": {"method.block_size": "4"},
+}
+
+QUICK = ("lora", "vera", "prompt")  # dropout; frozen leaves that a seed draws; rows before the tokens
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    into = tmp_path_factory.mktemp("population")
+    return tiny_run.base_folder(into / "base"), tiny_run.data_file(into / "rows.jsonl")
+
+
+def config_of(here, name, **more):
+    keys = {"method.name": name, **METHODS[name], **{k.replace("__", "."): str(v) for k, v in more.items()}}
+    return tiny_run.config(*here, **{k.replace(".", "__"): v for k, v in keys.items()})
+
+
+def base_of(config):
+    """On one device: what compiles quickly."""
+    return setup.outline(**config["model"], mesh=config["mesh"], devices=jax.devices()[:1]).load()
+
+
+def single(base, config, steps):
+    """Losses and the trainable leaves of a run by itself."""
+    run = setup.start(base, config["method"], seed=config["train"]["init_seed"])
+    program = programs.training(run, config)
+    state = jax.device_put(State.create(run.part.trainable, program.optimizer), program.places)
+    batches = setup.train_batches(base, config["data"], batch_size=8, accumulate=config["train"]["accumulate"])
+    losses = []
+    for _ in range(steps):
+        state, metrics = program.step(state, run.part.frozen, next(batches))
+        losses.append(float(metrics["loss"]))
+    return losses, tree.flatten(state.trainable)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
+def test_members_are_their_single_runs(here, name):
+    """Unlike rates and seeds (dropout's too), each with its own batches: losses over four steps, and the ways of all
+    leaves, which are sums of gradients (SGD, no clipping).
+    """
+    configs = [
+        config_of(
+            here,
+            name,
+            **{"optimizer.name": "sgd", "optimizer.clip": None, "optimizer.learning_rate": rate},
+            **{"train.init_seed": i, "data.seed": i, "train.dropout_seed": i},
+        )
+        for i, rate in enumerate((1e-2, 0.1, 0.3))
+    ]
+    base = base_of(configs[0])
+    members = population.make(base, configs)
+    batches = [setup.train_batches(base, c["data"], batch_size=8, accumulate=1) for c in configs]
+    losses = []
+    for _ in range(4):
+        rows = [next(b) for b in batches]
+        batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+        members.state, metrics = members.step(
+            members.rates, members.seeds, members.state, members.theta, batch, members.base
+        )
+        losses.append(np.asarray(metrics["loss"]))
+    for i, config in enumerate(configs):
+        alone, leaves = single(base, config, 4)
+        np.testing.assert_allclose([x[i] for x in losses], alone, rtol=1e-5)
+        began = tree.flatten(members.runs[i].part.trainable)
+        for path, x in tree.flatten(members.member(i).part.trainable).items():
+            off = np.linalg.norm(x - leaves[path]) / max(np.linalg.norm(leaves[path] - began[path]), 1e-12)
+            assert off < 1e-4, (path, off)
+
+
+def test_ranks_and_alphas_in_one_program(here):
+    """Ranks 2, 4 and 8, padded with zeros that stay: AdamW's losses are the single runs'."""
+    shapes = ((2, 4.0), (4, 32.0), (8, 8.0))
+    configs = [config_of(here, "lora", method__rank=r, method__alpha=a, method__dropout=0.0) for r, a in shapes]
+    base = base_of(configs[0])
+    members = population.make(base, configs, shared_batch=True)
+    batches = setup.train_batches(base, configs[0]["data"], batch_size=8, accumulate=1)
+    losses = []
+    for _ in range(4):
+        members.state, metrics = members.step(
+            members.rates, members.seeds, members.state, members.theta, next(batches), members.base
+        )
+        losses.append(np.asarray(metrics["loss"]))
+    assert members.step._cache_size() == 1
+    for i, (rank, _) in enumerate(shapes):
+        alone, leaves = single(base, configs[i], 4)
+        np.testing.assert_allclose([x[i] for x in losses], alone, rtol=1e-5)
+        mine = tree.flatten(members.member(i).part.trainable)
+        for path, x in leaves.items():
+            assert mine[path].shape == x.shape
+        for path, x in tree.flatten(members.state.trainable).items():
+            beyond = x[i, :, :, rank:] if path.endswith("/a") else x[i, :, rank:]
+            assert not beyond.any(), path
+
+
+@pytest.mark.parametrize("name", ["dora", "hira", "loha"])
+def test_zeros_behind_a_rank_stay_zeros(here, name):
+    more = {} if name == "dora" else {"method__name": name}
+    configs = [config_of(here, "dora", **more, method__rank=r) for r in (2, 4)]
+    base = base_of(configs[0])
+    members = population.make(base, configs, shared_batch=True)
+    key = jax.random.key(0)
+    for i in range(2):  # off the start, where some slopes are zero for everybody
+        noise = lambda x, i=i: x.at[i].add(0.1 * jax.random.normal(key, x[i].shape) * (x[i] != 0))  # noqa: E731
+        members.state = members.state.replace(trainable=jax.tree.map(noise, members.state.trainable))
+    before = jax.tree.map(jnp.copy, members.state.trainable)
+    batches = setup.train_batches(base, configs[0]["data"], batch_size=8, accumulate=1)
+    for _ in range(3):
+        members.state, _ = members.step(
+            members.rates, members.seeds, members.state, members.theta, next(batches), members.base
+        )
+    small = tree.flatten(members.runs[0].part.trainable)
+    for path, x in tree.flatten(members.state.trainable).items():
+        own = jnp.zeros(x[0].shape, bool).at[tuple(slice(n) for n in small[path].shape)].set(True)
+        assert not x[0][~own].any(), path
+        assert (x[1] != tree.flatten(before)[path][1]).any(), path
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"train__batch_size": 16}, "they differ in train.batch_size: 8 and 16"),
+        ({"method__rank": 2}, "vera does not pad ranks"),
+        ({"method__name": "lora"}, "they differ in method."),
+    ],
+)
+def test_what_cannot_be_together_says_why(here, change, says):
+    configs = [config_of(here, "vera"), config_of(here, "vera", **change)]
+    base = base_of(configs[0])
+    with pytest.raises(ValueError, match=says):
+        population.make(base, configs)
+    moved = [config_of(here, "lora", method__init="pissa") for _ in range(2)]
+    assert "moves" in population.together(moved)
+
+
+def test_the_base_is_read_in_one_product(here):
+    """Members of one base: its kernels meet all members' rows in one product; no kernel is copied for each."""
+    configs = [config_of(here, "lora", optimizer__learning_rate=r, method__dropout=0.0) for r in (1e-3, 1e-2)]
+    base = base_of(configs[0])
+    members = population.make(base, configs, shared_batch=True)
+    batches = setup.train_batches(base, configs[0]["data"], batch_size=8, accumulate=1)
+    args = (members.rates, members.seeds, members.state, members.theta, next(batches), members.base)
+    kernel = tree.flatten(base.params)["model/layers/mlp/up_proj/kernel"]
+    two_of_them = f"f32[2,{kernel.shape[-2]},{kernel.shape[-1]}]"
+    assert two_of_them not in members.step.lower(*args).as_text("hlo").replace(
+        f"f32[{','.join(map(str, kernel.shape))}]", ""
+    )
