@@ -61,7 +61,7 @@ def test_the_first_match_wins_and_decay_has_the_factor():
 
 
 def test_lion_goes_by_signs():
-    """Chen et al., 2023 (https://arxiv.org/abs/2302.06675), algorithm 2: a step of rate and decay, whatever the slope."""
+    """Chen et al., 2023 (https://arxiv.org/abs/2302.06675), algorithm 2: a step of the rate, and decay."""
     params, slope = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([1e-3, -5.0])}
     made = optimizers.make(name="lion", schedule=RATE, weight_decay=0.5, b2=0.95, clip=None)
     updates, _ = made.update(slope, made.init(params), params)
