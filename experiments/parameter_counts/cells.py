@@ -280,10 +280,10 @@ def of_models() -> list[Cell]:
         ("GPT-2 (Radford et al. 2019)", "GPT-2 medium", 354_823_168, "355M", "openai/gpt-2, names of the models"),
         ("GPT-2 (Radford et al. 2019)", "GPT-2 large", 774_030_080, "774M", "openai/gpt-2, names of the models"),
         ("GPT-2 (Radford et al. 2019)", "GPT-2 XL", 1_557_611_200, "1558M", "openai/gpt-2, names of the models"),
-        ("LLaMA (2302.13971)", "LLaMA-7B", 6_738_415_616, "6.7B", "table 2"),
-        ("LLaMA (2302.13971)", "LLaMA-13B", 13_015_864_320, "13.0B", "table 2"),
-        ("LLaMA (2302.13971)", "LLaMA-33B", 32_528_943_616, "32.5B", "table 2"),
-        ("LLaMA (2302.13971)", "LLaMA-65B", 65_285_660_672, "65.2B", "table 2"),
+        ("LLaMA (2302.13971)", "LLaMA-7B", 6_738_415_616, "6.7B", "table 2; second hand"),
+        ("LLaMA (2302.13971)", "LLaMA-13B", 13_015_864_320, "13.0B", "table 2; second hand"),
+        ("LLaMA (2302.13971)", "LLaMA-33B", 32_528_943_616, "32.5B", "table 2; second hand"),
+        ("LLaMA (2302.13971)", "LLaMA-65B", 65_285_660_672, "65.2B", "table 2; second hand"),
     )
     return [
         Cell(paper=p, cell=f"{m}, all", model=m, by=FULL, worked_out=n, published=printed, source=source)
@@ -294,7 +294,7 @@ def of_models() -> list[Cell]:
 def of_t5() -> list[Cell]:
     out = []
     paper = "Prompt tuning (2104.08691)"
-    source = "table 4, the prompt taken off"
+    source = "table 4, the prompt taken off; second hand"
     totals = {
         "small": 76_961_152,
         "base": 247_577_856,
@@ -320,7 +320,14 @@ def of_t5() -> list[Cell]:
         by = more.pop("by", {"name": "prompt", "length": length, "table": "embed_tokens"})
         cell = f"{model} {what} l={length}"
         return Cell(
-            paper=paper, cell=cell, model=model, by=by, worked_out=number, published=published, source="table 4", **more
+            paper=paper,
+            cell=cell,
+            model=model,
+            by=by,
+            worked_out=number,
+            published=published,
+            source="table 4; second hand",
+            **more,
         )
 
     for model, length, number in (
@@ -391,11 +398,25 @@ def of_t5() -> list[Cell]:
         few(f"T0-3B prompt of {length} in encoder and decoder", "T5.1.1-XL", by, number, printed, notes)
     few("T0-3B adapter r=64 and norms", "T5.1.1-XL", with_norms(adapter(64, "pfeiffer")), 12_934_144, "12.9M", notes)
     tokens, shots = 103, 41
-    few("T-Few, FLOPs of one answer", "", lambda _: 11 * 10**9 * tokens, 1_133_000_000_000, "1.1e12", "section on cost")
+    few(
+        "T-Few, FLOPs of one answer",
+        "",
+        lambda _: 11 * 10**9 * tokens,
+        1_133_000_000_000,
+        "1.1e12",
+        "section on cost; second hand",
+    )
     gpt3 = lambda _: 2 * 175 * 10**9 * (shots * 98 + tokens)  # noqa: E731
-    few("GPT-3 in context, FLOPs of one answer", "", gpt3, 1_442_350_000_000_000, "1.4e15", "section on cost")
+    few(
+        "GPT-3 in context, FLOPs of one answer",
+        "",
+        gpt3,
+        1_442_350_000_000_000,
+        "1.4e15",
+        "section on cost; second hand",
+    )
     train = lambda _: 3 * 11 * 10**9 * 1000 * 8 * tokens  # noqa: E731
-    few("T-Few, FLOPs of training", "", train, 27_192_000_000_000_000, "2.7e16", "section on cost")
+    few("T-Few, FLOPs of training", "", train, 27_192_000_000_000_000, "2.7e16", "section on cost; second hand")
 
     def compacter(cell, by, number, printed, model="T5-base", **more):
         of = {"paper": "Compacter (2106.04647)", "source": "table of GLUE; second hand", "per": 222_903_552}
