@@ -49,6 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.task = None
     config.data.train = None  # hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`
     config.data.valid = None  # the same; None trains without choosing by it
+    # Rows of other columns: templates over their names, "Question: {question}\nAnswer:" and " {answer}". Of several
+    # prompts, the first whose columns are all filled. Tokens such as <s> and </s> are written out where they belong.
+    config.data.prompt = None
+    config.data.completion = None  # what is learned; with the prompt "", all of a row
+    config.data.chat_template = None  # Jinja; of `messages`, in place of the tokenizer's own (a base model has none)
+    config.data.name = None  # of a hub data set that has several configurations
     config.data.train_split = "train"  # of a source that has splits
     config.data.valid_split = "train"
     config.data.length = 1024  # context, tokens
@@ -60,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.seed = 0  # order of examples and rows
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd" | "lora_fa": AdamW for lora with freeze_a, see there
+    config.optimizer.name = "adamw"  # "adamw" | "adam" | "lion" | "sgd" | "lora_fa": for lora with freeze_a, see there
     config.optimizer.learning_rate = 1e-3  # the peak
     config.optimizer.schedule = "cosine"  # after warmup: "cosine" | "linear" | "constant"
     config.optimizer.warmup_steps = 0

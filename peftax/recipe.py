@@ -20,14 +20,14 @@ def load(
     name_or_path: str, overrides: Sequence[tuple[str, str]] = (), *, on: str | None = None
 ) -> ml_collections.ConfigDict:
     """The config of a recipe with the method's own defaults filled in and `("method.rank", "8")` pairs applied
-    in order.
+    in order. "papers/guanaco_7b:repo" is the variant "repo" of a recipe that has some.
 
     Choosing another method installs its defaults and drops every key of the one before.
 
     Args:
       on: one of the recipe's `machines`; its pairs come first.
     """
-    config = _module(name_or_path).get_config()
+    config = _config(name_or_path)
     if on is not None:
         known = machines(name_or_path)
         if on not in known:
@@ -107,7 +107,29 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def shipped() -> list[str]:
     """The names of the recipes that travel with the package."""
-    return sorted(m.name for m in pkgutil.iter_modules(_configs().__path__) if m.name not in ("default", "qlora"))
+    folders = {"": _configs(), "papers/": importlib.import_module("peftax.configs.papers")}
+    found = (f"{at}{m.name}" for at, folder in folders.items() for m in pkgutil.iter_modules(folder.__path__))
+    return sorted(name for name in found if name not in ("default", "qlora", "papers"))
+
+
+def variants(name_or_path: str) -> tuple[str, ...]:
+    """The variants of a recipe, such as ("paper", "repo"), its own choice first; none where it has one form."""
+    return tuple(getattr(_module(name_or_path), "VARIANTS", ()))
+
+
+def _config(name_or_path: str) -> ml_collections.ConfigDict:
+    name, variant = _split(name_or_path)
+    if variant is None:
+        return _module(name).get_config()
+    if variant not in variants(name):
+        there = f"it has {', '.join(variants(name))}" if variants(name) else "it has none"
+        raise ValueError(f"recipe {name} has no variant {variant!r}; {there}")
+    return _module(name).get_config(variant)
+
+
+def _split(name_or_path: str) -> tuple[str, str | None]:
+    name, colon, variant = name_or_path.rpartition(":")
+    return (name, variant) if colon and "/" not in variant and "\\" not in variant else (name_or_path, None)
 
 
 def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +149,7 @@ def _configs():
 
 
 def _module(name_or_path: str):
+    name_or_path, _ = _split(name_or_path)
     path = Path(name_or_path)
     if path.suffix == ".py":
         if not path.exists():
@@ -137,4 +160,4 @@ def _module(name_or_path: str):
         return module
     if name_or_path not in (*shipped(), "default"):
         raise ValueError(f"no recipe {name_or_path!r}; shipped: {', '.join(shipped())}; or give the path of a .py file")
-    return importlib.import_module(f"peftax.configs.{name_or_path}")
+    return importlib.import_module(f"peftax.configs.{name_or_path.replace('/', '.')}")

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
 
 def test_every_package_is_listed():
     found = {".".join(f.parent.relative_to(ROOT).parts) for f in ROOT.glob("peftax/**/__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"peftax.configs"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"peftax.configs", "peftax.configs.papers"}
 
 
 def test_every_folder_of_the_package_is_a_package():
@@ -48,9 +48,9 @@ def test_every_folder_of_the_package_is_a_package():
 
 def test_wheel_holds_every_module_and_recipe(wheel):
     files = [f.relative_to(ROOT).as_posix() for f in ROOT.glob("peftax/**/*.py")]
-    files += [f"peftax/configs/{f.name}" for f in ROOT.glob("configs/*.py")]
+    files += [f"peftax/{f.relative_to(ROOT).as_posix()}" for f in ROOT.glob("configs/**/*.py")]
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert "peftax/configs/default.py" in files
+    assert {"peftax/configs/default.py", "peftax/configs/papers/guanaco_7b.py"} <= set(files)
     assert sorted(set(files) - held) == []
     assert [name for name in held if name.startswith("tests/")] == []
 

@@ -84,6 +84,39 @@ def test_unknown_recipe_and_a_file(tmp_path):
     assert recipe.load(str(file)).train.steps == 3
 
 
+VARIED = """
+import ml_collections
+from peftax.configs import default
+
+VARIANTS = ("paper", "repo")
+
+
+def get_config(variant="paper"):
+    config = default.get_config()
+    config.train.steps = {"paper": 3, "repo": 5}[variant]
+    return config
+"""
+
+
+def test_variants_of_a_recipe(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(VARIED)
+    steps = [recipe.load(f"{file}{v}").train.steps for v in ("", ":paper", ":repo")]
+    assert steps == [3, 3, 5] and recipe.variants(f"{file}:repo") == ("paper", "repo")
+    assert recipe.load(f"{file}:repo", [("train.steps", "7")]).train.steps == 7
+    with pytest.raises(ValueError, match="mine.py has no variant 'author'; it has paper, repo"):
+        recipe.load(f"{file}:author")
+    with pytest.raises(ValueError, match="smollm2_lora has no variant 'repo'; it has none"):
+        recipe.load("smollm2_lora:repo")
+
+
+def test_recipes_of_papers_are_shipped():
+    assert recipe.load("papers/guanaco_13b:repo").method.dropout == 0.05
+    assert recipe.load("papers/guanaco_13b").method.dropout == 0.1
+    with pytest.raises(ValueError, match="no recipe 'papers/guanaco'; shipped: .*papers/guanaco_7b"):
+        recipe.load("papers/guanaco")
+
+
 def test_every_key_of_default_is_explained():
     source = importlib.import_module("peftax.configs.default").__file__
     lines = open(source).read().splitlines()

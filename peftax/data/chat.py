@@ -67,7 +67,8 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> Example:
         pieces = [(prompt, False, row["prompt"]), (answer, True, row["prompt"] + content)]
     else:
         raise ValueError(
-            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: rename its columns"
+            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: make these of its "
+            "columns with config.data.prompt and config.data.completion"
         )
     ids: list[int] = []
     weights: list[float] = []
@@ -194,7 +195,8 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bo
 def _render(messages: Any, tokenizer: Any, generate: bool, template: Mapping[str, Any]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "the tokenizer has no chat template: set tokenizer.chat_template, or give rows of prompt and completion"
+            "the tokenizer has no chat template: set config.data.chat_template (tokenizer.chat_template), or give "
+            "rows of prompt and completion"
         )
     # A table's columns hold None where a message lacks a key; the template must not see those.
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,41 @@ def load(
         first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ValueError(f"cannot load split {split!r} of {text}: {first}") from err
     return _filled(rows, text, split)
+
+
+def templated(
+    rows: Iterable[Mapping[str, Any]], prompt: str | Sequence[str] | None, completion: str | None
+) -> list[dict[str, Any]]:
+    """Rows of `prompt` and `completion` (and their task_id), made of other columns.
+
+    Args:
+      prompt: text with columns in braces, "Q: {question}\\nA:", two for a brace itself; of several the first whose
+        columns are all filled.
+      completion: the same.
+    """
+    if prompt is None or completion is None:
+        raise ValueError("config.data.prompt and config.data.completion belong together: give both templates")
+    prompts = [(p, _columns(p)) for p in ((prompt,) if isinstance(prompt, str) else prompt)]
+    answers = _columns(completion)
+    made = []
+    for row in rows:
+        text, wanted = next((p for p in prompts if all(row.get(c) not in (None, "") for c in p[1])), prompts[-1])
+        for column in (*wanted, *answers):
+            if column not in row:
+                near = difflib.get_close_matches(column, row, n=1, cutoff=0.0)
+                raise ValueError(
+                    f"a template asks for the column {column!r}, rows have {sorted(row)}; nearest: {near[0]!r}"
+                )
+        more = {"task_id": row["task_id"]} if row.get("task_id") is not None else {}
+        made.append({"prompt": text.format_map(row), "completion": completion.format_map(row), **more})
+    return made
+
+
+def _columns(template: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; a brace that is text is written twice") from None
 
 
 def _filled(rows: Any, what: str, split: str) -> Any:

@@ -69,7 +69,7 @@ def make(
     eps: float = 1e-8,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """ "adamw" | "adam" | "sgd" | "lora_fa", behind clipping of the global norm (None: no clipping).
+    """ "adamw" | "adam" | "lion" | "sgd" | "lora_fa", behind clipping of the global norm (None: no clipping).
 
     Args:
       no_decay: regexes found in the paths of leaves that weight decay passes by.
@@ -79,6 +79,7 @@ def make(
     rules = {
         "adamw": lambda: optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
         "adam": lambda: optax.adam(schedule, b1=b1, b2=b2, eps=eps),
+        "lion": lambda: optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
         "sgd": lambda: optax.sgd(schedule),
         "lora_fa": lambda: lora_fa(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     }

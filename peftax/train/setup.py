@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import math
@@ -385,23 +386,38 @@ def examples(
     limit: int | None = None,
     source: str | None = None,
     source_split: str = "train",
+    source_name: str | None = None,
+    prompt: str | Sequence[str] | None = None,
+    completion: str | None = None,
+    chat_template: str | None = None,
 ) -> list[chat.Example]:
-    """Tokenized examples of "train" or "valid": from a task's file or from a source."""
+    """Tokenized examples of "train" or "valid": from a task's file, or from a source as `config.data` says."""
     if base.tokenizer is None:
         raise ValueError(f"{base.path}: holds no tokenizer; lay tokenizer.json beside the weights")
     if task:
         rows: Sequence[Any] = importlib.import_module(f"peftax.data.{task}").examples(split)
     elif source:
-        rows = data_source.load(source, split=source_split)
+        rows = data_source.load(source, split=source_split, name=source_name)
     else:
         raise ValueError(f"config.data.{split} is empty: give a file or hub name, or config.data.task")
     if limit is not None:
         rows = [rows[i] for i in range(min(limit, len(rows)))]
-    encoded, n = chat.encode_all(rows, base.tokenizer, length=length, policy=policy, split=split)
+    if not task and (prompt is not None or completion is not None):
+        rows = data_source.templated(rows, prompt, completion)
+    tokenizer = base.tokenizer
+    if chat_template is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = chat_template
+    encoded, n = chat.encode_all(rows, tokenizer, length=length, policy=policy, split=split)
     told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))
     if processes.first():
         print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
     return encoded
+
+
+def _columns(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config's data section says of both sources' rows."""
+    return {"source_name": data["name"], **{key: data[key] for key in ("prompt", "completion", "chat_template")}}
 
 
 def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accumulate: int) -> pipeline.Batches:
@@ -416,6 +432,7 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
         limit=data["train_limit"],
         source=data["train"],
         source_split=data["train_split"],
+        **_columns(data),
     )
     lay = packing.pack if data["packing"] else packing.pad
     rows = lay(pipeline.shuffle(encoded, data["seed"]), length)
@@ -457,6 +474,7 @@ def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
         limit=data["valid_limit"],
         source=data["valid"],
         source_split=data["valid_split"],
+        **_columns(data),
     )
     rows = packing.pack(encoded, data["length"])
     rows.pop("groups", None)

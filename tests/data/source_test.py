@@ -68,3 +68,37 @@ def test_errors_are_one_clear_line(tmp_path):
         assert "\n" not in str(err.value)
     with pytest.raises(ValueError, match="cannot load split 'test'"):
         source.load(tmp_path / "train.jsonl", split="test", cache_dir=str(tmp_path / "cache"))
+
+
+# --- rows of other columns ------------------------------------------------------------------------
+
+
+def test_templates_name_the_columns():
+    rows = [{"question": "6 x 7?", "answer": 42, "task_id": 3}, {"question": "{a}", "answer": "b"}]
+    made = source.templated(rows, "Q: {question}\nA:", " {answer}{{}}</s>")
+    assert made == [
+        {"prompt": "Q: 6 x 7?\nA:", "completion": " 42{}</s>", "task_id": 3},
+        {"prompt": "Q: {a}\nA:", "completion": " b{}</s>"},  # braces of a row are text
+    ]
+
+
+def test_the_first_prompt_whose_columns_are_filled():
+    prompts = ("{instruction}\n{input}\n", "{instruction}\n")
+    rows = [{"instruction": "a", "input": text, "output": "o"} for text in ("b", "", None)]
+    made = source.templated(rows, prompts, "{output}")
+    assert [r["prompt"] for r in made] == ["a\nb\n", "a\n", "a\n"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "message"),
+    [
+        ("{questoin}", "{answer}", "asks for the column 'questoin'.*nearest: 'question'"),
+        ("{question}", "{output}", "asks for the column 'output', rows have \\['answer', 'question'\\]"),
+        ("{question", "{answer}", "a brace that is text is written twice"),
+        ("{question}", None, "belong together"),
+        (None, "{answer}", "belong together"),
+    ],
+)
+def test_templates_that_do_not_fit(prompt, completion, message):
+    with pytest.raises(ValueError, match=message):
+        source.templated([{"question": "a", "answer": "b"}], prompt, completion)

@@ -60,6 +60,14 @@ def test_the_first_match_wins_and_decay_has_the_factor():
     assert got == pytest.approx({"x/lora/a": -0.01, "x/lora/b": -0.08, "bias": 0.0})
 
 
+def test_lion_goes_by_signs():
+    """Chen et al., 2023 (https://arxiv.org/abs/2302.06675), algorithm 2: a step of the rate, and decay."""
+    params, slope = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([1e-3, -5.0])}
+    made = optimizers.make(name="lion", schedule=RATE, weight_decay=0.5, b2=0.95, clip=None)
+    updates, _ = made.update(slope, made.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.01 * (1 + 0.5), 0.01 * (1 - 0.5 * 2)], atol=1e-7)
+
+
 @pytest.mark.parametrize("key, value", [("factors", (("lora/c$", 2.0),)), ("no_decay", ("lora/c$",))])
 def test_a_pattern_that_matches_nothing(key, value):
     made = optimizers.make(schedule=RATE, **{key: value})

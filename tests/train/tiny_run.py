@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ CONFIG = dict(
 )
 
 
-def base_folder(into: Path, seed: int = 0) -> Path:
-    tokenizer = tiny.tokenizer()
-    config = {**CONFIG, "vocab_size": len(tokenizer)}
+def base_folder(into: Path, seed: int = 0, tokenizer: Any = None, **sizes: Any) -> Path:
+    tokenizer = tokenizer or tiny.tokenizer()
+    config = {**CONFIG, "vocab_size": len(tokenizer), **sizes}
     params = models.build(config).init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     return weights.save(params, config, into, tokenizer=tokenizer)
 

@@ -1,0 +1,1 @@
+"""Trainable parameters of published runs, counted again."""
