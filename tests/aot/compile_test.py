@@ -91,5 +91,5 @@ def test_no_logits_of_all_tokens(case):
 
 
 def test_unknown_gpu_names_the_known():
-    with pytest.raises(ValueError, match="known: a100_80gb, h100"):
+    with pytest.raises(ValueError, match="known: a100_40gb, a100_80gb, b200, h100, h200"):
         machines.gpu("h1000")
