@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from peftax import cli
 from peftax.data import asset
-from peftax.train import loop, writers
+from peftax.train import loop, memory, writers
 from peftax.weights import adapters
 from tests.data import tiny
 from tests.train import tiny_run
@@ -202,11 +202,12 @@ def test_checksum(files, tmp_path, capsys, monkeypatch):
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
 
 
-def test_too_little_memory(files, tmp_path, capsys):
-    """A context whose attention scores no machine holds; estimated, never tried."""
-    size = ["--config.data.length=500000", "--config.train.batch_size=1"]
+def test_too_little_memory(files, tmp_path, capsys, monkeypatch):
+    """A machine that holds less than a step of long rows; estimated, never tried."""
+    monkeypatch.setattr(memory, "free", lambda base: 1 << 20)
+    size = ["--config.data.length=4096", "--config.train.batch_size=1"]
     said = complaint(capsys, command(*files, tmp_path / "run", *size))
-    for words in ("a training step needs an estimated", "TiB", "activations kept", "train_length below"):
+    for words in ("a training step needs an estimated", "there are 1.0 MiB", "activations kept", "train_length below"):
         assert words in said
     assert not (tmp_path / "run").exists()
 
