@@ -40,6 +40,7 @@ from typing import Any
 
 from peftax import recipe
 from peftax.core import tree
+from peftax.weights.source import write_json
 
 Pairs = Sequence[tuple[str, str]]
 SEEDS = ("data.seed", "train.init_seed", "train.dropout_seed")
@@ -123,9 +124,11 @@ def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> li
             raise ValueError(
                 f"{folder} holds a member with other overrides, {old['overrides']}; choose a new --workdir"
             )
-        _write(file, said)
+        write_json(file, said)
         folders.append(folder)
-    _write(workdir / "sweep.json", {"recipe": where, "overrides": [list(p) for p in overrides], "members": list(found)})
+    write_json(
+        workdir / "sweep.json", {"recipe": where, "overrides": [list(p) for p in overrides], "members": list(found)}
+    )
     return folders
 
 
@@ -150,7 +153,8 @@ def run(
     """
     if on not in ENGINES:
         raise ValueError(f"engine {on!r} is none of {', '.join(ENGINES)}")
-    known = inspect.signature(importlib.import_module(f"peftax.engines.{on}").submit).parameters
+    submit = importlib.import_module(f"peftax.engines.{on}").submit
+    known = inspect.signature(submit).parameters
     if wrong := [k for k in how if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]:
         raise ValueError(f"engine {on} has no setting {wrong[0]!r}; the nearest: {tree.nearest(wrong[0], known)}")
     folders = lay_out(name_or_path, workdir, overrides)
@@ -158,7 +162,6 @@ def run(
     for folder in wanted:
         (folder / "error.txt").unlink(missing_ok=True)
     if wanted:
-        submit = importlib.import_module(f"peftax.engines.{on}").submit
         groups = populations(wanted, together)
         submit({group[0]: command(*group) for group in groups}, Path(workdir), **how)
     return {folder: status(folder) for folder in folders}
@@ -207,7 +210,7 @@ def run_member(folder: str | Path) -> dict[str, Any] | None:
     with _held(folder / ".lock"):
         try:
             config = _config(folder)
-            _write(folder / "environment.json", environment())
+            write_json(folder / "environment.json", environment())
             done = loop.train(config, folder)
         except Exception:
             (folder / "error.txt").write_text(traceback.format_exc())
@@ -224,7 +227,7 @@ def run_together(folders: Sequence[str | Path]) -> None:
     with ExitStack() as locks:
         for folder in folders:
             locks.enter_context(_held(folder / ".lock"))
-            _write(folder / "environment.json", {**environment(), "population": names})
+            write_json(folder / "environment.json", {**environment(), "population": names})
         workdir = folders[0].parent / "populations" / f"{zlib.crc32(','.join(names).encode()):08x}"
         try:
             found = population.train([_config(f) for f in folders], folders, workdir)
@@ -247,7 +250,7 @@ def _finish(folder: Path, done: Mapping[str, Any]) -> dict[str, Any]:
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "adapter_bytes": sum(f.stat().st_size for f in (folder / "adapter").rglob("*.safetensors")),
     }
-    _write(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     return result
 
 
@@ -283,12 +286,6 @@ def command(*folders: Path) -> list[str]:
 def error(folder: Path) -> str:
     """The last line of what a failed member said."""
     return (folder / "error.txt").read_text().strip().splitlines()[-1]
-
-
-def _write(file: Path, value: Any) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, file)
 
 
 @contextmanager

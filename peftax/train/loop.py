@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -87,7 +86,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     if writes and not claimed:
         claim(workdir, config)
     if writes and data_start is not None:
-        _write(workdir / CALIBRATION, settings)
+        source.write_json(workdir / CALIBRATION, settings)
     for half_written in workdir.glob(".adapter.*") if writes else ():  # by a process that was killed
         shutil.rmtree(half_written, ignore_errors=True)
     metrics_to, timings_to = writers.All(), writers.All()
@@ -211,14 +210,7 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Write the config into the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / "config.json", config)
-
-
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    """JSON that is there whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, file)
+    source.write_json(workdir / "config.json", config)
 
 
 def _calibrated(base: setup.Base, config: Mapping[str, Any], batches: Any, file: Path) -> tuple[dict[str, Any], Any]:

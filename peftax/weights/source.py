@@ -9,6 +9,7 @@ import abc
 import functools
 import importlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -267,3 +268,11 @@ def read_json(file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file") from None
     except ValueError as error:
         raise ValueError(f"{file}: no valid JSON ({error})") from error
+
+
+def write_json(file: str | Path, value: Any) -> None:
+    """JSON that is there whole or not at all."""
+    file = Path(file)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
