@@ -8,7 +8,6 @@ folder holds what that run's would, but for the checkpoints, which are the popul
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peftax import weights
+from peftax import recipe, weights
 from peftax.core import tree
-from peftax.train import evaluate, loop, loss, optimizers, programs, setup, writers
+from peftax.core.method import Partition
+from peftax.train import evaluate, loop, optimizers, programs, setup, writers
 from peftax.train.step import State, plain_step
 from peftax.weights.checkpoint import Checkpoints
 
@@ -40,7 +40,7 @@ FREE = {  # keys of a config in which members may differ
 
 def together(configs: Sequence[Mapping[str, Any]]) -> str | None:
     """Why these configs cannot train in one program; None if they can."""
-    flat = [_flat(c) for c in configs]
+    flat = [recipe.flat(c) for c in configs]
     for config in flat[1:]:
         for key in sorted(flat[0].keys() | config.keys()):
             if key not in FREE and flat[0].get(key) != config.get(key):
@@ -57,7 +57,8 @@ def together(configs: Sequence[Mapping[str, Any]]) -> str | None:
 class Population:
     """Members on one base.
 
-    runs:   each by itself, on its own shapes.
+    runs:   each by itself, in shapes, its own rank's.
+    base:   what is frozen of the base, shared.
     state:  their states, stacked; leaves of unlike rank padded with zeros.
     theta:  their frozen leaves that are not the base's, stacked.
     rates:  learning rates; seeds: of dropout.
@@ -65,23 +66,27 @@ class Population:
     """
 
     runs: list[setup.Run]
+    base: dict[str, Any]
     state: State
     theta: dict[str, Any]
     rates: jax.Array
     seeds: jax.Array
     step: Any
 
-    @property
-    def base(self) -> dict[str, Any]:
-        return self.runs[0].base.params
-
     def member(self, i: int) -> setup.Run:
         """A member's run as it stands, without padding."""
-        own = tree.flatten(jax.tree.map(lambda x: x[i], self.state.trainable))
-        cut = {}
-        for path, x in tree.flatten(self.runs[i].part.trainable).items():
-            cut[path] = own[path][tuple(slice(n) for n in x.shape)]
-        return dataclasses.replace(self.runs[i], part=self.runs[i].part._replace(trainable=tree.unflatten(cut)))
+        run = self.runs[i]
+        mine = tree.flatten(self.params(i))
+
+        def half(shapes: dict[str, Any]) -> dict[str, Any]:
+            flat = tree.flatten(shapes)
+            return tree.unflatten(
+                {p: mine[p][tuple(map(slice, x.shape))] for p, x in flat.items() if p not in own}
+                | {p: own[p] for p in flat if p in own}
+            )
+
+        own = tree.flatten(self.base)
+        return dataclasses.replace(run, part=Partition(half(run.part.frozen), half(run.part.trainable)))
 
     def params(self, i: int) -> dict[str, Any]:
         """The whole tree with a member's leaves, padded: all members' have one shape, and so one program."""
@@ -101,37 +106,31 @@ def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch
         raise ValueError(f"a population: {why}; run these members by themselves")
     config = configs[0]
     c = config["train"]
-    runs = [setup.start(base, m["method"], seed=m["train"]["init_seed"]) for m in configs]
+    runs = [setup.sketch(base, m["method"]) for m in configs]
     method = runs[0].method
-    own = tree.flatten(base.params)
-    if any(path in own for path in tree.flatten(runs[0].part.trainable)) and method.move is not None:
+    if method.move is not None:
         raise ValueError(f"a population: {method.name} moves the base; run these members by themselves")
     sizes = [jax.tree.map(jnp.shape, r.part.trainable) for r in runs]
     if any(s != sizes[0] for s in sizes) and not method.pads:
         raise ValueError(f"a population: {method.name} does not pad ranks with zeros; sweep its ranks one by one")
-    trainable = stack([r.part.trainable for r in runs])
-    fresh = [{p: x for p, x in tree.flatten(r.part.frozen).items() if p not in own} for r in runs]
-    theta = stack([tree.unflatten(f) for f in fresh])
-    dropout = setup.drops(config["method"])
+    own = tree.flatten(base.params)
+    parts = [setup.start(base, m["method"], seed=m["train"]["init_seed"]).part for m in configs]
+    shared, *fresh = (
+        tree.unflatten({p: x for p, x in tree.flatten(part.frozen).items() if (p in own) == of_base})
+        for part, of_base in ((parts[0], True), *((part, False) for part in parts))
+    )
+    trainable, theta = stack([part.trainable for part in parts]), stack(fresh)
+    del parts
+    of_step = programs.of_step(runs[0], config)
+    drops = of_step.pop("dropout_seed") is not None
 
     def optimizer(rate):
         settings = {**config["optimizer"], "learning_rate": rate}
         return optimizers.from_config(settings, steps=c["steps"], method=method, sites=base.sites)[0]
 
-    def objective(apply, params, batch, ctx):
-        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
-
-    penalty = None if method.penalty is None else lambda params: method.penalty(params, base.sites)
-
     def one(rate, seed, state, theta, batch, base_params):
-        step = plain_step(
-            runs[0].apply,
-            objective,
-            optimizer(rate),
-            accumulate=c["accumulate"],
-            dropout_seed=seed if dropout else None,
-            penalty=penalty,
-        )
+        own_seed = seed if drops else None
+        step = plain_step(runs[0].apply, optimizer=optimizer(rate), dropout_seed=own_seed, **of_step)
         return step(state, tree.merge(base_params, theta), batch)
 
     axes = (0, 0, 0, 0, None if shared_batch else 0, None)
@@ -140,9 +139,9 @@ def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch
     state = jax.vmap(lambda rate, t: State.create(t, optimizer(rate)))(rates, trainable)
     places = _in_front(programs.training(runs[0], config).places)
     state = jax.device_put(state, places)
-    theta = jax.device_put(theta, _in_front(base.places(tree.unflatten(fresh[0]), method)))
+    theta = jax.device_put(theta, _in_front(base.places(fresh[0], method)))
     step = jax.jit(jax.vmap(one, axes), donate_argnums=2, out_shardings=(places, None))
-    return Population(runs, state, theta, rates, seeds, step)
+    return Population(runs, shared, state, theta, rates, seeds, step)
 
 
 def _in_front(places: Any) -> Any:
@@ -262,13 +261,3 @@ def train(
             | {"adapter": str(folder / "adapter")}
         )
     return done
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = json.loads(json.dumps(value))
-    return out
