@@ -1,7 +1,7 @@
 """Examples to rows of a fixed length: `pack` puts several into a row, `pad` one.
 
 Neither lets an example see or count another: positions restart and segment ids differ, and the last
-token of a segment has no target. Both hold the same (token, target, weight) triples.
+token of a segment has no target but its label, if it has one. Both hold the same (token, target, weight) triples.
 """
 
 from collections.abc import Sequence
@@ -90,6 +90,8 @@ def _lay(bins: Sequence[Sequence[Example]], length: int) -> Rows:
             rows["weights"][r, before_last] = e.weights[1:]
             rows["positions"][r, here] = np.arange(n)
             rows["segment_ids"][r, here] = segment
+            if e.label is not None:
+                rows["targets"][r, at + n - 1], rows["weights"][r, at + n - 1] = e.label, 1.0
             if "groups" in rows:
                 rows["groups"][r, before_last] = e.groups[1:]  # type: ignore[index]
             at += n
