@@ -36,8 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     # A classifier in place of a language model: rows of `text` and `label` (below), a head that trains whole beside the
     # method. Where the base's file holds no head it starts at zero, every label as likely. An encoder (bert) needs it.
     config.model.labels = None  # how many, or their names; None: those of the file, if it is a classifier's
-    # What the head sees of a text: "cls", its first token | "last" | "mean" of all; None: as transformers has it, and so
-    # PEFT: cls for bert, last for others.
+    # What the head sees of a text: "cls", its first token | "last" | "mean" of all; None: as transformers, and so PEFT,
+    # has it: cls for bert, last for others.
     config.model.pooling = None
 
     config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
@@ -54,7 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     # A file of peftax/data with `examples(split)`, such as "function_calling"; or None and the paths below.
     config.data.task = None
-    # Hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`; of a classifier `text`, `label`.
+    # Hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`; for a classifier `text`
+    # and `label`.
     config.data.train = None
     config.data.valid = None  # the same; None trains without choosing by it
     # Rows of other columns: templates over their names, "Question: {question}\nAnswer:" and " {answer}". Of several

@@ -86,12 +86,13 @@ def _lay(bins: Sequence[Sequence[Example]], length: int) -> Rows:
             n = len(e.tokens)
             here, before_last = slice(at, at + n), slice(at, at + n - 1)
             rows["tokens"][r, here] = e.tokens
-            rows["targets"][r, before_last] = e.tokens[1:]
-            rows["weights"][r, before_last] = e.weights[1:]
+            if e.label is None:
+                rows["targets"][r, before_last] = e.tokens[1:]
+                rows["weights"][r, before_last] = e.weights[1:]
+            else:
+                rows["targets"][r, at + n - 1], rows["weights"][r, at + n - 1] = e.label, 1.0
             rows["positions"][r, here] = np.arange(n)
             rows["segment_ids"][r, here] = segment
-            if e.label is not None:
-                rows["targets"][r, at + n - 1], rows["weights"][r, at + n - 1] = e.label, 1.0
             if "groups" in rows:
                 rows["groups"][r, before_last] = e.groups[1:]  # type: ignore[index]
             at += n

@@ -17,7 +17,6 @@ from peftax.core import lift, tree
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, chain
 
-
 WHOLE = "modules_to_save"
 
 

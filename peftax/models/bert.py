@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -70,9 +69,7 @@ def from_hf(
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act {activation!r} is none of {', '.join(ACTIVATIONS)}")
     if kind != "absolute" or config.get("is_decoder"):
-        raise ValueError(
-            f"a bert with positions {kind!r}, or as a decoder, is not supported; want absolute, an encoder"
-        )
+        raise ValueError(f"a bert with positions {kind!r}, or as a decoder, is not supported; the nearest is absolute")
     if pooling not in (None, *POOLINGS):
         raise ValueError(f"model.pooling {pooling!r} is none of {', '.join(POOLINGS)}")
     return Bert(

@@ -388,7 +388,7 @@ class TiedHead(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens [B, T] or embeddings [B, T, D] -> logits [B, T, V]; of a classifier [B, T, labels], each place's segment's."""
+    """Tokens [B, T] or embeddings [B, T, D] -> logits [B, T, V]; [B, T, labels] of a classifier."""
 
     config: Config
 

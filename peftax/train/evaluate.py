@@ -51,7 +51,8 @@ def nll(
         rows, and all have the result.
 
     Returns:
-      nll, accuracy (with `hits`), tokens (that count; labels of a classifier), "per_row": {"nll": one number per example, in the rows' order};
+      nll, accuracy (with `hits`), tokens (that count; labels of a classifier),
+      "per_row": {"nll": one number per example, in the rows' order};
       where the rows have groups also nll_values (targets of group 1), nll_boilerplate (group 0),
       and theirs per row.
     """
