@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +24,12 @@ METHODS = {
     "full": {},
 }
 OURS = ("adapter", "bitfit", "prefix+adapter", "full")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr("peftax.sharding.jax.devices", lambda: devices)
 
 
 @pytest.fixture(scope="module")
