@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,9 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
     if why := together(configs):
         raise ValueError(f"a population: {why}; run these members by themselves")
     config = configs[0]
-    runs = [setup.sketch(base, m["method"]) for m in configs]
+    unlike = {json.dumps(m["method"]): m["method"] for m in configs}  # a thousand members may have one method
+    sketches = {key: setup.sketch(base, method) for key, method in unlike.items()}
+    runs = [sketches[json.dumps(m["method"])] for m in configs]
     run, method = runs[0], runs[0].method
     if method.move is not None:
         raise ValueError(f"a population: {method.name} moves the base; run these members by themselves")
