@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--programs", nargs="+", default=(), help="only these of init, step, evaluate, merge")
     sub.add_argument("--tokens", type=int, help="of a dataset, padding counted: time and cost of one epoch")
     sub.add_argument("--price", type=float, help="of one device and hour")
+    sub.add_argument("--members", type=int, default=1, help="runs of a sweep that train in one program")
     sub.add_argument(
         "--search", action="store_true", help="try meshes, batches and remat; those that fit, quickest first"
     )
@@ -277,7 +278,7 @@ def plan(args) -> None:
         else:
             planner.show_search(config, found, console)
         return
-    done = planner.plan(config, machine, only=args.programs, tokens=args.tokens, price=args.price)
+    done = planner.plan(config, machine, only=args.programs, members=args.members, tokens=args.tokens, price=args.price)
     if args.json:
         print(json.dumps(planner.to_json(done)))
     else:

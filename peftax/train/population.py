@@ -154,6 +154,19 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
     )
 
 
+def program(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> programs.Program:
+    """The step of members that each see their own batch, for a planner; `base` may be an outline."""
+    found, c, data = sketch(base, configs), configs[0]["train"], configs[0]["data"]
+    made = programs.training(found.runs[0], configs[0])
+    rows = programs.batch(c["batch_size"], data["train_length"] or data["length"], made.lies, c["accumulate"])
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(configs), *x.shape), x.dtype), rows)
+    batch = programs.placed(many, _in_front(jax.tree.map(lambda x: x.sharding, rows)))
+    whole = NamedSharding(base.mesh, PartitionSpec())
+    numbers = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (found.rates, found.seeds))
+    args = (*numbers, found.state, found.theta, batch, found.base)
+    return programs.Program(found.step, args, found.state, tree.merge(found.base, found.theta))
+
+
 def _states(run: setup.Run, config: Mapping[str, Any], rates: jax.Array, trainable: Sequence[Any]) -> State:
     """The members' first states, stacked."""
     return jax.vmap(lambda rate, t: State.create(t, _optimizer(run, config, rate)))(rates, stack(trainable))

@@ -76,10 +76,12 @@ def placed(shapes: Any, places: Any) -> Any:
 
 
 class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments, each with its place."""
+    """A jitted function and the shapes of its arguments, each with its place; of a step its state and frozen half."""
 
     run: Callable
     args: tuple[Any, ...]
+    state: State | None = None
+    frozen: Any = None
 
 
 def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
@@ -102,7 +104,12 @@ def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
 
     found = {
         "init": Program(jax.jit(init, out_shardings=fresh, keep_unused=True), (key, base.params)),
-        "step": Program(made.step, (made.state, frozen, batch(c["batch_size"], length, made.lies, c["accumulate"]))),
+        "step": Program(
+            made.step,
+            (made.state, frozen, batch(c["batch_size"], length, made.lies, c["accumulate"])),
+            made.state,
+            frozen,
+        ),
         "evaluate": Program(
             jax.jit(functools.partial(loss.token_losses, run.apply, chunk=c["chunk"])),
             (params, batch(EVALUATED * parts, data["length"], functools.partial(sharding.of_batch, mesh=base.mesh))),
