@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from peftax.weights import outlines
 RESERVE = 3 * GIB // 2  # what libraries, the allocator's gaps and the runtime itself take
 SHARES = (0.3, 0.4, 0.5)  # of a machine's peak that trainings reach
 RUNNING = ("init", "step", "evaluate")  # what a run executes; a merge may happen elsewhere
+NF4 = ("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True})
+BITS = ((NF4,), (NF4, ("embed_tokens|lm_head", {"fmt": "int8"})))  # what a search may try
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +104,14 @@ def plan(
     Raises ValueError where a compiler is missing, and says what to install.
     """
     run = sketch(config, machine)
-    found = {}
-    for name, program in programs.every(run, config).items():
-        if not only or name in only:
-            found[name] = _compiled(name, program, run, machine, config)
-    peak = max(found[name].bytes for name in found if name in RUNNING)
+    made = programs.training(run, config)
+    optimizer = machines.shard_bytes(made.state.opt_state)
+    beside = {"evaluate": optimizer}  # it waits there for the next step
+    found = {
+        name: _compiled(name, program, machine, beside.get(name, 0))
+        for name, program in programs.every(run, config, made, only).items()
+    }
+    peak = max((found[name].bytes for name in found if name in RUNNING), default=0)
     n = core_sites.count(run.method, run.base.params, run.base.sites)
     c, data = config["train"], config["data"]
     per_step = c["batch_size"] * c["accumulate"] * (data["train_length"] or data["length"])
@@ -118,7 +124,7 @@ def plan(
         trainable=n["trainable"],
         total=n["total"],
         programs=found,
-        kinds=_kinds(run, config, found["step"]) if "step" in found else {},
+        kinds=_kinds(run, config, found["step"], optimizer) if "step" in found else {},
         peak=peak,
         available=machine.kind.memory,
         fits=peak + RESERVE <= machine.kind.memory,
@@ -149,16 +155,14 @@ def epoch(done: Plan, machine: machines.Machine, tokens: int, price: float | Non
     return out
 
 
-def _compiled(
-    name: str, program: programs.Program, run: setup.Run, machine: machines.Machine, config: Mapping[str, Any]
-) -> Program:
+def _compiled(name: str, program: programs.Program, machine: machines.Machine, beside: int) -> Program:
+    """`beside`: bytes that lie there meanwhile."""
     traced = program.run.trace(*program.args)
     operations = cost.flops(traced)
     began = time.perf_counter()
     compiled = machines.compile(program.run, *program.args, traced=traced)
     seconds = time.perf_counter() - began
     parts, moved = machines.memory(compiled), cost.traffic(compiled)
-    beside = _optimizer(run, config) if name == "evaluate" else 0  # it waits there for the next step
     kind, bounds = machine.kind, {}
     link = kind.link if machine.hosts == 1 or kind.platform == "tpu" else kind.network
     if kind.flops:
@@ -179,17 +183,12 @@ def _compiled(
     )
 
 
-def _optimizer(run: setup.Run, config: Mapping[str, Any]) -> int:
-    return machines.shard_bytes(programs.training(run, config).state.opt_state)
-
-
-def _kinds(run: setup.Run, config: Mapping[str, Any], step: Program) -> dict[str, int]:
+def _kinds(run: setup.Run, config: Mapping[str, Any], step: Program, optimizer: int) -> dict[str, int]:
     """Bytes by kind: what lies there as it lies, the rest of the compiler's figure by the estimate's shares."""
     need, own = memory.estimate(run, config), tree.flatten(run.base.params)
     frozen, trainable = (tree.flatten(programs.placed(half, run.base.places(half, run.method))) for half in run.part)
     base = machines.shard_bytes([x for path, x in frozen.items() if path in own])
     adapters = machines.shard_bytes([x for path, x in frozen.items() if path not in own] + list(trainable.values()))
-    optimizer = _optimizer(run, config)
     rest = max(0, step.bytes - base - adapters - optimizer)
     kept = min(rest, need.activations)
     return {
@@ -210,21 +209,22 @@ def search(
     *,
     most: int = 6,
     batches: Sequence[int] = (1, 2, 4, 8, 16),
-    remats: Sequence[str] = ("dots", "full"),
+    remats: Sequence[str] = ("dots", "full", "offload"),
     quantized: Sequence[Any] = (),
 ) -> list[tuple[dict[str, Any], Plan]]:
     """Configs of this one that fit, the quickest by their bounds first: meshes, rows a device, remat, quantization.
 
     An estimate without a compiler leaves out what cannot fit; of the rest the `most` with the most rows a device are
-    compiled, the others are not looked at.
+    compiled, the others are not looked at. Of as many rows those that make less again come first, then those whose bits
+    are named first.
 
     Args:
-      quantized: values of config.model.quantize to try; by default the config's own.
+      remats: the least of making again first.
+      quantized: values of config.model.quantize to try beside the config's own.
     """
-    tried = []
-    for mesh, rows, remat, rules in itertools.product(
-        meshes(machine.count), batches, remats, quantized or [config["model"]["quantize"]]
-    ):
+    tried, own = [], config["model"]["quantize"]
+    bits = [own, *(rules for rules in quantized if rules != own)]
+    for mesh, rows, remat, rules in itertools.product(meshes(machine.count), batches, remats, bits):
         changed = {
             **config,
             "mesh": {**config["mesh"], **mesh},
@@ -237,7 +237,13 @@ def search(
             continue
         if need.total + RESERVE <= 1.2 * machine.kind.memory:  # an estimate errs
             tried.append((changed, need))
-    tried.sort(key=lambda t: (-t[0]["train"]["batch_size"], t[0]["model"]["remat"] == "full", t[1].total))
+
+    def order(candidate):
+        changed, need = candidate
+        model, rows = changed["model"], changed["train"]["batch_size"]
+        return -rows, remats.index(model["remat"]), bits.index(model["quantize"]), need.total
+
+    tried.sort(key=order)
     found = [(changed, plan(changed, machine, only=("step",))) for changed, _ in tried[:most]]
     fitting = [(changed, done) for changed, done in found if done.fits]
     return sorted(fitting, key=lambda f: f[1].seconds / f[1].tokens)
@@ -320,7 +326,7 @@ def show_search(config: Mapping[str, Any], found: Sequence[tuple[dict[str, Any],
     for changed, done in found:
         step = done.programs["step"]
         bound = max(step.bounds, key=step.bounds.__getitem__, default="")
-        flags = " ".join(f"--config.{key}={value}" for key, value in differs(config, changed).items())
+        flags = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in differs(config, changed).items())
         table.add_row(memory.size(done.peak), f"{done.tokens / done.seconds:,.0f}" if bound else "", bound, flags)
     console.print(table)
 
