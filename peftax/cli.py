@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--search", action="store_true", help="try meshes, batches and remat; those that fit, quickest first"
     )
+    sub.add_argument(
+        "--bits",
+        action="store_true",
+        help="with --search: try NF4 and int8 tables too; where the recipe packs its base this is the default",
+    )
     sub.add_argument("--json", action="store_true")
 
     sub = command(sweep, "run the members of a recipe's sweep; what is finished is not run again")
@@ -272,7 +277,8 @@ def plan(args) -> None:
     config = recipe.load(args.config, args.overrides, on=args.topology if args.topology in named else None).to_dict()
     console = Console(highlight=False, soft_wrap=True)
     if args.search:
-        found = planner.search(config, machine)
+        packs = args.bits or config["model"]["quantize"]
+        found = planner.search(config, machine, quantized=planner.BITS if packs else ())
         if args.json:
             print(json.dumps([{"config": planner.differs(config, c), **planner.to_json(p)} for c, p in found]))
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from peftax.weights import outlines
 RESERVE = 3 * GIB // 2  # what libraries, the allocator's gaps and the runtime itself take
 SHARES = (0.3, 0.4, 0.5)  # of a machine's peak that trainings reach
 RUNNING = ("init", "step", "evaluate")  # what a run executes; a merge may happen elsewhere
+NF4 = ("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True})
+BITS = ((NF4,), (NF4, ("embed_tokens|lm_head", {"fmt": "int8"})))  # what a search may try
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +110,13 @@ def plan(
     Raises ValueError where a compiler is missing, and says what to install.
     """
     run = sketch(config, machine)
-    every = programs.every(run, config)
-    if members > 1:
+    made = programs.training(run, config)
+    every = programs.every(run, config, made, only)
+    if members > 1 and "step" in every:
         every["step"] = population.program(run.base, [config] * members)
-    step, found = every["step"], {}
-    waiting = machines.shard_bytes(step.state.opt_state)  # an evaluation finds it there
-    for name, program in every.items():
-        if not only or name in only:
-            beside = waiting if name == "evaluate" else 0
-            found[name] = _compiled(name, program, machine, beside)
-    peak = max(found[name].bytes for name in found if name in RUNNING)
+    beside = {"evaluate": members * machines.shard_bytes(made.state.opt_state)}  # it waits there for the next step
+    found = {name: _compiled(name, program, machine, beside.get(name, 0)) for name, program in every.items()}
+    peak = max((found[name].bytes for name in found if name in RUNNING), default=0)
     n = core_sites.count(run.method, run.base.params, run.base.sites)
     c, data = config["train"], config["data"]
     per_step = members * c["batch_size"] * c["accumulate"] * (data["train_length"] or data["length"])
@@ -129,7 +129,7 @@ def plan(
         trainable=n["trainable"],
         total=n["total"],
         programs=found,
-        kinds=_kinds(run, config, step, found["step"].bytes, members) if "step" in found else {},
+        kinds=_kinds(run, config, every["step"], found["step"].bytes, members) if "step" in found else {},
         peak=peak,
         available=machine.kind.memory,
         fits=peak + RESERVE <= machine.kind.memory,
@@ -162,7 +162,7 @@ def epoch(done: Plan, machine: machines.Machine, tokens: int, price: float | Non
 
 
 def _compiled(name: str, program: programs.Program, machine: machines.Machine, beside: int) -> Program:
-    """Args: beside: bytes that lie there meanwhile."""
+    """`beside`: bytes that lie there meanwhile."""
     traced = program.run.trace(*program.args)
     operations = cost.flops(traced)
     began = time.perf_counter()
@@ -218,21 +218,22 @@ def search(
     *,
     most: int = 6,
     batches: Sequence[int] = (1, 2, 4, 8, 16),
-    remats: Sequence[str] = ("dots", "full"),
+    remats: Sequence[str] = ("dots", "full", "offload"),
     quantized: Sequence[Any] = (),
 ) -> list[tuple[dict[str, Any], Plan]]:
     """Configs of this one that fit, the quickest by their bounds first: meshes, rows a device, remat, quantization.
 
     An estimate without a compiler leaves out what cannot fit; of the rest the `most` with the most rows a device are
-    compiled, the others are not looked at.
+    compiled, the others are not looked at. Of as many rows those that make less again come first, then those whose bits
+    are named first.
 
     Args:
-      quantized: values of config.model.quantize to try; by default the config's own.
+      remats: the least of making again first.
+      quantized: values of config.model.quantize to try beside the config's own.
     """
-    tried = []
-    for mesh, rows, remat, rules in itertools.product(
-        meshes(machine.count), batches, remats, quantized or [config["model"]["quantize"]]
-    ):
+    tried, own = [], config["model"]["quantize"]
+    bits = [own, *(rules for rules in quantized if rules != own)]
+    for mesh, rows, remat, rules in itertools.product(meshes(machine.count), batches, remats, bits):
         changed = {
             **config,
             "mesh": {**config["mesh"], **mesh},
@@ -245,7 +246,13 @@ def search(
             continue
         if need.total + RESERVE <= 1.2 * machine.kind.memory:  # an estimate errs
             tried.append((changed, need))
-    tried.sort(key=lambda t: (-t[0]["train"]["batch_size"], t[0]["model"]["remat"] == "full", t[1].total))
+
+    def order(candidate):
+        changed, need = candidate
+        model, rows = changed["model"], changed["train"]["batch_size"]
+        return -rows, remats.index(model["remat"]), bits.index(model["quantize"]), need.total
+
+    tried.sort(key=order)
     found = [(changed, plan(changed, machine, only=("step",))) for changed, _ in tried[:most]]
     fitting = [(changed, done) for changed, done in found if done.fits]
     return sorted(fitting, key=lambda f: f[1].seconds / f[1].tokens)
@@ -328,7 +335,7 @@ def show_search(config: Mapping[str, Any], found: Sequence[tuple[dict[str, Any],
     for changed, done in found:
         step = done.programs["step"]
         bound = max(step.bounds, key=step.bounds.__getitem__, default="")
-        flags = " ".join(f"--config.{key}={value}" for key, value in differs(config, changed).items())
+        flags = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in differs(config, changed).items())
         table.add_row(memory.size(done.peak), f"{done.tokens / done.seconds:,.0f}" if bound else "", bound, flags)
     console.print(table)
 

@@ -1,6 +1,7 @@
 """The planner on this machine, where its figures can be checked: tiny models, eight CPU devices."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -90,6 +91,20 @@ def test_a_search_ranks_what_fits(model, capsys):
     assert [plan.differs(config, c)["mesh.fsdp"] for c, _ in tried].count(-1) == 0
     plan.show_search(config, tried, plan.Console(width=200))
     assert "--config.train.batch_size=" in capsys.readouterr().out
+
+
+def test_a_search_tries_other_bits_and_offloading(model, monkeypatch):
+    """Those that make less again are compiled first, of them the config's own bits."""
+    seen = []
+
+    def compiled(changed, machine, only):
+        seen.append((changed["model"]["remat"], changed["model"]["quantize"]))
+        return types.SimpleNamespace(fits=False)
+
+    monkeypatch.setattr(plan, "plan", compiled)
+    remats, given = ("full", "offload"), {"batches": (1,), "quantized": plan.BITS}
+    assert plan.search(config_of(model), machines.named("cpu:1"), remats=remats, **given) == []
+    assert seen == [(remat, bits) for remat in remats for bits in ((), *plan.BITS)]
 
 
 def test_meshes_of_a_machine():

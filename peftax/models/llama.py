@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from peftax.ops.attention import Where, attention
+from peftax.ops.attention import FORMS, Where, attention
 from peftax.ops.product import kept
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -80,6 +80,7 @@ class Config:
     windows: tuple[int, ...]
     scan: bool
     remat: str
+    attention: str
     dtype: Any
     param_dtype: Any
 
@@ -89,6 +90,7 @@ def from_hf(
     *,
     scan: bool = True,
     remat: str = "none",
+    attention: str = "auto",
     dtype: str = "float32",
     param_dtype: str = "float32",
 ) -> Llama:
@@ -100,6 +102,7 @@ def from_hf(
       remat: "none" | "dots" | "full" | "offload": what the backward pass makes again: nothing, all but the outputs of
         linear layers and of attention, everything in a layer, or that with the layers' inputs kept in the host's
         memory.
+      attention: one of ops.attention.FORMS.
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
     """
@@ -107,6 +110,8 @@ def from_hf(
     c = {**DEFAULTS.get(kind, {}), **config}
     if remat not in REMAT:
         raise ValueError(f"model.remat {remat!r} is none of {', '.join(REMAT)}")
+    if attention not in FORMS:
+        raise ValueError(f"model.attention {attention!r} is none of {', '.join(FORMS)}")
     heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
     head_size = c.get("head_dim") or c["hidden_size"] // heads
     activation = c.get("hidden_act", "silu")
@@ -136,6 +141,7 @@ def from_hf(
             windows=_windows(c, layers),
             scan=scan,
             remat=remat,
+            attention=attention,
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(param_dtype),
         )
@@ -232,9 +238,10 @@ class CoreAttention(nn.Module):
     """
 
     in_order: bool = False  # no query sees a key behind its own
+    form: str = "auto"
 
     def __call__(self, q, k, v, where: Where, window):
-        return attention(q, k, v, where, window=window, in_order=self.in_order)
+        return attention(q, k, v, where, window=window, in_order=self.in_order, form=self.form)
 
 
 class Attention(nn.Module):
@@ -267,7 +274,7 @@ class Attention(nn.Module):
             k, v = (jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache)
         first, *others = set(c.windows)
         window = layer["window"] if others else None if first == NO_WINDOW else first
-        y = CoreAttention(in_order=cache is None, name="core_attn")(q, k, v, where, window)
+        y = CoreAttention(cache is None, c.attention, name="core_attn")(q, k, v, where, window)
         y = y.reshape(b, t, c.heads * c.head_size)
         return product(c, c.hidden, c.output_bias, "o_proj", y), cache
 

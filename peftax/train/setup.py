@@ -93,6 +93,7 @@ def outline(
     param_dtype: str = "float32",
     quantize: quantization.Rules = (),
     kernel: str = "auto",
+    attention: str = "auto",
     new_tokens: Sequence[str] = (),
     new_rows: str = "mean",
     mesh: Mapping[str, Any] | None = None,
@@ -119,7 +120,8 @@ def outline(
     opened = grown.grow(opened, new_tokens, start=new_rows, tokenizer=learnt)
     config = dict(opened.config)
     try:
-        model = models.build(config, scan=scan, remat=remat, dtype=dtype, param_dtype=param_dtype)
+        how = {"scan": scan, "remat": remat, "attention": _attention(attention, made)}
+        model = models.build(config, **how, dtype=dtype, param_dtype=param_dtype)
     except ValueError as error:
         raise ValueError(f"{opened.path}: {error}") from error
     shapes = models.abstract(model)
@@ -134,6 +136,14 @@ def outline(
     }
     params, tokenizer = tree.unflatten(placed), opened.tokenizer()
     return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, opened, tables)
+
+
+def _attention(wanted: str, mesh: Mesh) -> str:
+    """What makes attention on these devices."""
+    if wanted == "splash" and (platform := mesh.devices.flat[0].platform) != "tpu":
+        logging.warning("config.model.attention 'splash' is for TPU, this is %s: XLA makes it", platform)
+        return "xla"
+    return wanted
 
 
 def _packed(opened: weights.Source, shapes, sites: Sites, rules: quantization.Rules, kernel: str) -> dict[str, Any]:
