@@ -347,16 +347,15 @@ def evaluate(args) -> None:
         found = _examples(base, args.data, args.split, args.limit, args.length)
     else:
         raise ValueError("give --data or --task")
-    found = scores.nll(apply, params, packing.pack(found, args.length), at=base.rows)
+    found = scores.nll(apply, params, packing.pack(found, args.length), hits=bool(base.labels), at=base.rows)
     _say(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
 
 
 def _examples(base, data, split, limit, length):
-    from peftax.data import chat, source
+    from peftax.train import setup
 
-    rows = source.load(data, split=split if not Path(data).exists() else "train")
-    rows = rows if limit is None else [rows[i] for i in range(min(limit, len(rows)))]
-    return chat.encode_all(rows, base.tokenizer, length=length, split=split)[0]
+    where = {"source": data, "source_split": split if not Path(data).exists() else "train"}
+    return setup.examples(base, split, length=length, policy="drop", task=None, limit=limit, **where)
 
 
 def generate(args) -> None:

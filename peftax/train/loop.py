@@ -99,8 +99,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     def look(step: int) -> None:
         """Score valid; keep the adapter when it is the best so far, or when there is no valid to choose by."""
         if valid is not None:
-            found = evaluate.nll(run.apply, tree.merge(frozen, state.trainable), valid, at=base.rows)
-            metrics_to.write(step, {"valid_nll": found["nll"]})
+            params = tree.merge(frozen, state.trainable)
+            found = evaluate.nll(run.apply, params, valid, hits=bool(base.labels), at=base.rows)
+            metrics_to.write(step, evaluate.valid(found))
             facts["valid"] = found["nll"]
         if valid is None or facts["best"] is None or facts["valid"] < facts["best"][1]:
             facts["best"] = [step, facts.get("valid")]

