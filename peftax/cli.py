@@ -137,8 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--programs", nargs="+", default=(), help="only these of init, step, evaluate, merge")
     sub.add_argument("--tokens", type=int, help="of a dataset, padding counted: time and cost of one epoch")
     sub.add_argument("--price", type=float, help="of one device and hour")
+    sub.add_argument("--members", type=int, default=1, help="runs of a sweep that train in one program")
     sub.add_argument(
         "--search", action="store_true", help="try meshes, batches and remat; those that fit, quickest first"
+    )
+    sub.add_argument(
+        "--bits",
+        action="store_true",
+        help="with --search: try NF4 and int8 tables too; where the recipe packs its base this is the default",
     )
     sub.add_argument("--json", action="store_true")
 
@@ -271,13 +277,14 @@ def plan(args) -> None:
     config = recipe.load(args.config, args.overrides, on=args.topology if args.topology in named else None).to_dict()
     console = Console(highlight=False, soft_wrap=True)
     if args.search:
-        found = planner.search(config, machine)
+        packs = args.bits or config["model"]["quantize"]
+        found = planner.search(config, machine, quantized=planner.BITS if packs else ())
         if args.json:
             print(json.dumps([{"config": planner.differs(config, c), **planner.to_json(p)} for c, p in found]))
         else:
             planner.show_search(config, found, console)
         return
-    done = planner.plan(config, machine, only=args.programs, tokens=args.tokens, price=args.price)
+    done = planner.plan(config, machine, only=args.programs, members=args.members, tokens=args.tokens, price=args.price)
     if args.json:
         print(json.dumps(planner.to_json(done)))
     else:

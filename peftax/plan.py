@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,12 +22,14 @@ from peftax.core import sites as core_sites
 from peftax.core import tree
 from peftax.machines import cost
 from peftax.machines.kinds import GIB
-from peftax.train import memory, programs, setup
+from peftax.train import memory, population, programs, setup
 from peftax.weights import outlines
 
 RESERVE = 3 * GIB // 2  # what libraries, the allocator's gaps and the runtime itself take
 SHARES = (0.3, 0.4, 0.5)  # of a machine's peak that trainings reach
 RUNNING = ("init", "step", "evaluate")  # what a run executes; a merge may happen elsewhere
+NF4 = ("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True})
+BITS = ((NF4,), (NF4, ("embed_tokens|lm_head", {"fmt": "int8"})))  # what a search may try
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Program:
     parts:    the compiler's figures, see machines.memory.
     flops:    of all devices together.
     traffic:  bytes between memory and cores.
+    packed:   of these, bytes of packed codes.
     messages: {kind of collective: bytes that reach the device}.
     bounds:   {what: seconds that it needs at its peak}: compute, memory, interconnect.
     compiled: seconds that the compiler took.
@@ -47,6 +51,7 @@ class Program:
     parts: dict[str, int]
     flops: int
     traffic: int
+    packed: int
     messages: dict[str, int]
     bounds: dict[str, float]
     compiled: float
@@ -58,7 +63,8 @@ class Plan:
 
     kinds:   {kind: bytes of one device during a step}; activations and temporaries share what the compiler says by
       the estimate that `peftax inspect` prints.
-    tokens:  of a step, over all devices.
+    members: runs that train in one program.
+    tokens:  of a step, over all devices and members.
     epoch:   of the dataset, where its tokens were given: {share of peak: {"hours", "device_hours", "cost"}}.
     """
 
@@ -75,6 +81,7 @@ class Plan:
     available: int
     fits: bool
     tokens: int
+    members: int = 1
     epoch: dict[str, dict[str, float]] | None = None
 
     @property
@@ -88,6 +95,7 @@ def plan(
     machine: machines.Machine,
     *,
     only: Sequence[str] = (),
+    members: int = 1,
     tokens: int | None = None,
     price: float | None = None,
 ) -> Plan:
@@ -95,20 +103,23 @@ def plan(
 
     Args:
       only: names of programs; by default all that the config has.
+      members: that train in one step, as `peftax sweep` lets them.
       tokens: of a dataset, padding counted, for the time of one epoch.
       price: of one device and hour.
 
     Raises ValueError where a compiler is missing, and says what to install.
     """
     run = sketch(config, machine)
-    found = {}
-    for name, program in programs.every(run, config).items():
-        if not only or name in only:
-            found[name] = _compiled(name, program, run, machine, config)
-    peak = max(found[name].bytes for name in found if name in RUNNING)
+    made = programs.training(run, config)
+    every = programs.every(run, config, made, only)
+    if members > 1 and "step" in every:
+        every["step"] = population.program(run.base, [config] * members)
+    beside = {"evaluate": members * machines.shard_bytes(made.state.opt_state)}  # it waits there for the next step
+    found = {name: _compiled(name, program, machine, beside.get(name, 0)) for name, program in every.items()}
+    peak = max((found[name].bytes for name in found if name in RUNNING), default=0)
     n = core_sites.count(run.method, run.base.params, run.base.sites)
     c, data = config["train"], config["data"]
-    per_step = c["batch_size"] * c["accumulate"] * (data["train_length"] or data["length"])
+    per_step = members * c["batch_size"] * c["accumulate"] * (data["train_length"] or data["length"])
     done = Plan(
         model=config["model"]["path"],
         method=run.method.name,
@@ -118,11 +129,12 @@ def plan(
         trainable=n["trainable"],
         total=n["total"],
         programs=found,
-        kinds=_kinds(run, config, found["step"]) if "step" in found else {},
+        kinds=_kinds(run, config, every["step"], found["step"].bytes, members) if "step" in found else {},
         peak=peak,
         available=machine.kind.memory,
         fits=peak + RESERVE <= machine.kind.memory,
         tokens=per_step,
+        members=members,
     )
     if tokens is None or not done.seconds:
         return done
@@ -149,16 +161,14 @@ def epoch(done: Plan, machine: machines.Machine, tokens: int, price: float | Non
     return out
 
 
-def _compiled(
-    name: str, program: programs.Program, run: setup.Run, machine: machines.Machine, config: Mapping[str, Any]
-) -> Program:
+def _compiled(name: str, program: programs.Program, machine: machines.Machine, beside: int) -> Program:
+    """`beside`: bytes that lie there meanwhile."""
     traced = program.run.trace(*program.args)
     operations = cost.flops(traced)
     began = time.perf_counter()
     compiled = machines.compile(program.run, *program.args, traced=traced)
     seconds = time.perf_counter() - began
     parts, moved = machines.memory(compiled), cost.traffic(compiled)
-    beside = _optimizer(run, config) if name == "evaluate" else 0  # it waits there for the next step
     kind, bounds = machine.kind, {}
     link = kind.link if machine.hosts == 1 or kind.platform == "tpu" else kind.network
     if kind.flops:
@@ -173,25 +183,23 @@ def _compiled(
         parts=parts,
         flops=operations,
         traffic=moved.memory,
+        packed=cost.traffic(compiled, kinds=("u8",)).memory,
         messages=moved.messages,
         bounds=bounds,
         compiled=seconds,
     )
 
 
-def _optimizer(run: setup.Run, config: Mapping[str, Any]) -> int:
-    return machines.shard_bytes(programs.training(run, config).state.opt_state)
-
-
-def _kinds(run: setup.Run, config: Mapping[str, Any], step: Program) -> dict[str, int]:
+def _kinds(
+    run: setup.Run, config: Mapping[str, Any], step: programs.Program, bytes_: int, members: int
+) -> dict[str, int]:
     """Bytes by kind: what lies there as it lies, the rest of the compiler's figure by the estimate's shares."""
-    need, own = memory.estimate(run, config), tree.flatten(run.base.params)
-    frozen, trainable = (tree.flatten(programs.placed(half, run.base.places(half, run.method))) for half in run.part)
+    own, frozen = tree.flatten(run.base.params), tree.flatten(step.frozen)
     base = machines.shard_bytes([x for path, x in frozen.items() if path in own])
-    adapters = machines.shard_bytes([x for path, x in frozen.items() if path not in own] + list(trainable.values()))
-    optimizer = _optimizer(run, config)
-    rest = max(0, step.bytes - base - adapters - optimizer)
-    kept = min(rest, need.activations)
+    adapters = machines.shard_bytes([x for path, x in frozen.items() if path not in own] + [step.state.trainable])
+    optimizer = machines.shard_bytes(step.state.opt_state)
+    rest = max(0, bytes_ - base - adapters - optimizer)
+    kept = min(rest, members * memory.estimate(run, config).activations)
     return {
         "base": base,
         "adapters": adapters,
@@ -210,21 +218,22 @@ def search(
     *,
     most: int = 6,
     batches: Sequence[int] = (1, 2, 4, 8, 16),
-    remats: Sequence[str] = ("dots", "full"),
+    remats: Sequence[str] = ("dots", "full", "offload"),
     quantized: Sequence[Any] = (),
 ) -> list[tuple[dict[str, Any], Plan]]:
     """Configs of this one that fit, the quickest by their bounds first: meshes, rows a device, remat, quantization.
 
     An estimate without a compiler leaves out what cannot fit; of the rest the `most` with the most rows a device are
-    compiled, the others are not looked at.
+    compiled, the others are not looked at. Of as many rows those that make less again come first, then those whose bits
+    are named first.
 
     Args:
-      quantized: values of config.model.quantize to try; by default the config's own.
+      remats: the least of making again first.
+      quantized: values of config.model.quantize to try beside the config's own.
     """
-    tried = []
-    for mesh, rows, remat, rules in itertools.product(
-        meshes(machine.count), batches, remats, quantized or [config["model"]["quantize"]]
-    ):
+    tried, own = [], config["model"]["quantize"]
+    bits = [own, *(rules for rules in quantized if rules != own)]
+    for mesh, rows, remat, rules in itertools.product(meshes(machine.count), batches, remats, bits):
         changed = {
             **config,
             "mesh": {**config["mesh"], **mesh},
@@ -237,7 +246,13 @@ def search(
             continue
         if need.total + RESERVE <= 1.2 * machine.kind.memory:  # an estimate errs
             tried.append((changed, need))
-    tried.sort(key=lambda t: (-t[0]["train"]["batch_size"], t[0]["model"]["remat"] == "full", t[1].total))
+
+    def order(candidate):
+        changed, need = candidate
+        model, rows = changed["model"], changed["train"]["batch_size"]
+        return -rows, remats.index(model["remat"]), bits.index(model["quantize"]), need.total
+
+    tried.sort(key=order)
     found = [(changed, plan(changed, machine, only=("step",))) for changed, _ in tried[:most]]
     fitting = [(changed, done) for changed, done in found if done.fits]
     return sorted(fitting, key=lambda f: f[1].seconds / f[1].tokens)
@@ -257,7 +272,7 @@ def show(done: Plan, console: Console) -> None:
     mesh = ", ".join(f"{axis} {n}" for axis, n in done.mesh.items() if n > 1) or "one device"
     console.print(
         f"{done.model}, {done.method}: {done.trainable:,} of {done.total:,} train; {done.machine} ({mesh}); "
-        f"{done.tokens:,} tokens a step"
+        f"{done.tokens:,} tokens a step" + (f" of {done.members} members" if done.members > 1 else "")
     )
     table = Table(title="bytes on one device", title_justify="left")
     table.add_column("during a step")
@@ -320,7 +335,7 @@ def show_search(config: Mapping[str, Any], found: Sequence[tuple[dict[str, Any],
     for changed, done in found:
         step = done.programs["step"]
         bound = max(step.bounds, key=step.bounds.__getitem__, default="")
-        flags = " ".join(f"--config.{key}={value}" for key, value in differs(config, changed).items())
+        flags = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in differs(config, changed).items())
         table.add_row(memory.size(done.peak), f"{done.tokens / done.seconds:,.0f}" if bound else "", bound, flags)
     console.print(table)
 

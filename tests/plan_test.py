@@ -1,6 +1,7 @@
 """The planner on this machine, where its figures can be checked: tiny models, eight CPU devices."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -52,11 +53,25 @@ def test_a_plan_adds_up(model):
 
 def test_seconds_and_cost_at_peaks():
     machine = machines.named("a100-80gb:2")
-    step = plan.Program("step", 0, {}, flops=6 * 10**15, traffic=0, messages={}, bounds={"compute": 9.6}, compiled=0)
+    step = plan.Program(
+        "step", 0, {}, flops=6 * 10**15, traffic=0, packed=0, messages={}, bounds={"compute": 9.6}, compiled=0
+    )
     done = plan.Plan("", "", machine.name, 2, {}, 1, 1, {"step": step}, {}, 0, 1, True, tokens=1000)
     found = plan.epoch(done, machine, 10**6, price=1.5)
     hours = 6 * 10**18 / (2 * 3.12e14 * 0.5) / 3600
     assert found["50%"] == {"hours": hours, "device_hours": 2 * hours, "cost": 3 * hours}
+
+
+def test_members_share_the_base(model):
+    """Adapters and their optimizers are there for each; the base is there, and its packed codes are read, once."""
+    config = config_of(model, ("model.quantize", '(("_proj/kernel$", {"fmt": "nf4", "group": 64}),)'))
+    config["train"]["batch_size"] = 1
+    one, four = (plan.plan(config, machines.named("cpu:1"), only=("step",), members=n) for n in (1, 4))
+    assert four.kinds["base"] == one.kinds["base"]
+    assert four.kinds["adapters"] == 4 * one.kinds["adapters"] >= 16 * one.trainable
+    assert four.tokens == 4 * one.tokens
+    assert abs(four.programs["step"].flops - 4 * one.programs["step"].flops) < 0.01 * four.programs["step"].flops
+    assert one.programs["step"].packed <= four.programs["step"].packed < 1.2 * one.programs["step"].packed
 
 
 def test_another_programs_operations(model):
@@ -76,6 +91,20 @@ def test_a_search_ranks_what_fits(model, capsys):
     assert [plan.differs(config, c)["mesh.fsdp"] for c, _ in tried].count(-1) == 0
     plan.show_search(config, tried, plan.Console(width=200))
     assert "--config.train.batch_size=" in capsys.readouterr().out
+
+
+def test_a_search_tries_other_bits_and_offloading(model, monkeypatch):
+    """Those that make less again are compiled first, of them the config's own bits."""
+    seen = []
+
+    def compiled(changed, machine, only):
+        seen.append((changed["model"]["remat"], changed["model"]["quantize"]))
+        return types.SimpleNamespace(fits=False)
+
+    monkeypatch.setattr(plan, "plan", compiled)
+    remats, given = ("full", "offload"), {"batches": (1,), "quantized": plan.BITS}
+    assert plan.search(config_of(model), machines.named("cpu:1"), remats=remats, **given) == []
+    assert seen == [(remat, bits) for remat in remats for bits in ((), *plan.BITS)]
 
 
 def test_meshes_of_a_machine():

@@ -1,8 +1,8 @@
 """MiniLM-L6 as a classifier of movie-review sentences. The sweep: every arm over learning rates of its own."""
 
 import ml_collections
-
 from peftax.configs import default
+
 from peftax.data import asset, movie_reviews
 
 RATE = "optimizer.learning_rate"

@@ -59,7 +59,7 @@ def inject(
         reached: set[str] = set()
 
         def run(args, kwargs, ctx):
-            with nn.intercept_methods(_interceptor(acting, shared, ctx, rows, specs or {}, reached)):
+            with nn.intercept_methods(_interceptor(acting, shared, ctx, rows, specs or {}, method.front, reached)):
                 return apply(variables, *args, **kwargs)
 
         for part in reversed(parts(method)):
@@ -81,7 +81,7 @@ def inject(
 
 
 def _interceptor(
-    acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, rows, specs: Mapping, reached: set[str]
+    acting: Sequence[Method], shared: Mapping[str, Any], ctx: Ctx, rows, specs: Mapping, front: int, reached: set[str]
 ):
     callers: list[nn.Module] = []
     on_kernels = [m for m in acting if m.on == "kernel"]
@@ -135,7 +135,7 @@ def _interceptor(
         def run(*args):
             return plain(module, next_fun, args, call_kwargs)
 
-        call_args = tuple(_told(x, rows) for x in call_args)
+        call_args = tuple(_told(x, rows, front) for x in call_args)
 
         try:
             if context.method_name == "__call__":
@@ -193,9 +193,13 @@ def _hold(x: jax.Array, rows: NamedSharding | None, *, whole: bool = False) -> j
     return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
 
 
-def _told(x: Any, rows: NamedSharding | None) -> Any:
-    """A Where that says how the batch lies; what it tells of keys is gathered here, once for all layers."""
-    if rows is None or not isinstance(x, Where) or x.rows is not None:
+def _told(x: Any, rows: NamedSharding | None, front: int) -> Any:
+    """A Where that says how many virtual tokens there are, and how the batch lies; what it tells of keys is gathered
+    here, once for all layers."""
+    if not isinstance(x, Where) or x.front is not None:
+        return x
+    x = dataclasses.replace(x, front=front)
+    if rows is None:
         return x
     whole = NamedSharding(rows.mesh, PartitionSpec(batch.lead(rows, x.k_positions)[0], None))
     k_positions, k_segments = jax.lax.with_sharding_constraint((x.k_positions, x.k_segments), whole)

@@ -128,6 +128,7 @@ def prefix(
             where,
             k_positions=front.before(where.k_positions, jnp.arange(length)),
             k_segments=front.before(where.k_segments, front.everywhere(length)),
+            front=None if where.front is None else length + where.front,
         )
         own_k, own_v = _keys_and_values(theta)
         return run(q, before(k, own_k), before(v, own_v), where, *rest)

@@ -50,6 +50,7 @@ def from_hf(
     *,
     scan: bool = True,
     remat: str = "none",
+    attention: str = "auto",
     dtype: str = "float32",
     param_dtype: str = "float32",
     labels: int = 0,
@@ -59,12 +60,15 @@ def from_hf(
 
     Args:
       config: the parsed file.
+      attention: "auto" | "xla": no other form sees both ways.
       labels: how many a classifier tells apart; 0: the encoder alone.
       pooling: "cls" (None: this), through the checkpoint's pooler, as transformers does | "mean" | "last".
       The others: as in llama.from_hf.
     """
     if remat not in REMAT:
         raise ValueError(f"model.remat {remat!r} is none of {', '.join(REMAT)}")
+    if attention not in ("auto", "xla"):
+        raise ValueError(f"model.attention {attention!r}: a bert's sees both ways, which 'auto' and 'xla' do")
     activation, kind = config.get("hidden_act", "gelu"), config.get("position_embedding_type") or "absolute"
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act {activation!r} is none of {', '.join(ACTIVATIONS)}")

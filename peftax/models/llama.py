@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from peftax.ops.attention import Where, attention
+from peftax.ops.attention import FORMS, Where, attention
 from peftax.ops.pooling import POOLINGS, pool
 from peftax.ops.product import kept
 
@@ -83,6 +83,7 @@ class Config:
     pooling: str
     scan: bool
     remat: str
+    attention: str
     dtype: Any
     param_dtype: Any
 
@@ -92,6 +93,7 @@ def from_hf(
     *,
     scan: bool = True,
     remat: str = "none",
+    attention: str = "auto",
     dtype: str = "float32",
     param_dtype: str = "float32",
     labels: int = 0,
@@ -105,6 +107,7 @@ def from_hf(
       remat: "none" | "dots" | "full" | "offload": what the backward pass makes again: nothing, all but the outputs of
         linear layers and of attention, everything in a layer, or that with the layers' inputs kept in the host's
         memory.
+      attention: one of ops.attention.FORMS.
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
       labels: how many a classifier tells apart; 0: a language model.
@@ -114,6 +117,8 @@ def from_hf(
     c = {**DEFAULTS.get(kind, {}), **config}
     if remat not in REMAT:
         raise ValueError(f"model.remat {remat!r} is none of {', '.join(REMAT)}")
+    if attention not in FORMS:
+        raise ValueError(f"model.attention {attention!r} is none of {', '.join(FORMS)}")
     if pooling not in (None, *POOLINGS):
         raise ValueError(f"model.pooling {pooling!r} is none of {', '.join(POOLINGS)}")
     heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
@@ -147,6 +152,7 @@ def from_hf(
             pooling=pooling or "last",
             scan=scan,
             remat=remat,
+            attention=attention,
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(param_dtype),
         )
@@ -243,9 +249,10 @@ class CoreAttention(nn.Module):
     """
 
     in_order: bool = False  # no query sees a key behind its own
+    form: str = "auto"
 
     def __call__(self, q, k, v, where: Where, window):
-        return attention(q, k, v, where, window=window, in_order=self.in_order)
+        return attention(q, k, v, where, window=window, in_order=self.in_order, form=self.form)
 
 
 class Attention(nn.Module):
@@ -278,7 +285,7 @@ class Attention(nn.Module):
             k, v = (jax.lax.dynamic_index_in_dim(x, layer["number"], 0, keepdims=False) for x in cache)
         first, *others = set(c.windows)
         window = layer["window"] if others else None if first == NO_WINDOW else first
-        y = CoreAttention(in_order=cache is None, name="core_attn")(q, k, v, where, window)
+        y = CoreAttention(cache is None, c.attention, name="core_attn")(q, k, v, where, window)
         y = y.reshape(b, t, c.heads * c.head_size)
         return product(c, c.hidden, c.output_bias, "o_proj", y), cache
 

@@ -19,6 +19,7 @@ from peftax.data import function_calling
 from peftax.train import loss
 
 Batch = Mapping[str, np.ndarray]
+ROWS = 8  # run together
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "chunk", "hits"))
@@ -34,7 +35,7 @@ def nll(
     params: Any,
     batches: Batch | Iterable[Batch],
     *,
-    batch_size: int = 8,
+    batch_size: int = ROWS,
     chunk: int = 128,
     hits: bool = False,
     at: jax.sharding.NamedSharding | None = None,
@@ -94,6 +95,11 @@ def nll(
     }
 
 
+def together(parts: int, rows: int = ROWS) -> int:
+    """Rows of one batch where the mesh cuts it into parts: every device has as many."""
+    return -(-rows // parts) * parts
+
+
 def valid(found: Mapping[str, Any]) -> dict[str, float]:
     """What a run writes of a look at valid: {"valid_nll", and "valid_accuracy" of a classifier}."""
     return {f"valid_{kind}": found[kind] for kind in ("nll", "accuracy") if kind in found}
@@ -101,7 +107,7 @@ def valid(found: Mapping[str, Any]) -> dict[str, float]:
 
 def _cut(rows: Batch, batch_size: int, parts: int) -> Iterable[Batch]:
     n = len(rows["tokens"])
-    b = -(-min(batch_size, n) // parts) * parts  # every device has as many
+    b = together(parts, min(batch_size, n))
     for start in range(0, n, b or 1):
         part = {k: v[start : start + b] for k, v in rows.items()}
         short = b - len(part["tokens"])  # empty rows keep the shape

@@ -35,6 +35,9 @@ KINDS = {
 }
 
 
+SHARED = ("cpu",)  # platforms whose devices have no memory but the host's
+
+
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes on one device.
@@ -43,7 +46,8 @@ class Need:
     adapters:    the method's leaves, frozen and trainable; of a method that trains the base, the trained weights.
     gradients:   of the trainable leaves; twice when parts are accumulated.
     optimizer:   its state.
-    activations: what the forward pass keeps for the backward pass.
+    activations: what the forward pass keeps for the backward pass; not what waits in the host's memory (remat
+                 "offload") where that is another.
     temporaries: what comes and goes besides, at the worst moment; one chunk of logits (`logits`) among it.
     """
 
@@ -86,6 +90,9 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     peak, kept = _walk(traced.jaxpr, until=traced.jaxpr.outvars[0])
 
     mesh = run.base.mesh
+    if mesh.devices.flat[0].platform in SHARED:
+        waiting = sum(_whole(v) for eqn in traced.jaxpr.eqns for v in eqn.outvars if _waits(v))
+        peak, kept = peak + waiting, kept + waiting
     parts = mesh.size // mesh.shape["tensor"]  # of the batch; what tensor splits further is not counted on
     own = tree.flatten(run.base.params)
     frozen, trainable = (_on_one_device(run, half) for half in run.part)
@@ -128,7 +135,7 @@ def changes(need: Need, there: int, config: Mapping[str, Any]) -> list[str]:
         fits = max(1, min(c["batch_size"] - 1, int(c["batch_size"] * max(0, there - fixed) / grows)))
         less = f"config.train.batch_size={fits} instead of {c['batch_size']}"
         found.append(f"{less}, with more config.train.accumulate")
-    if need.activations > weighty and model["remat"] != "full":
+    if need.activations > weighty and model["remat"] not in ("full", "offload"):
         found.append("config.model.remat=full")
     if grows > weighty:
         found.append(f"config.data.train_length below {length}")
@@ -331,5 +338,14 @@ def _jaxprs(value: Any) -> list[Any]:
 def _bytes(v: Any) -> int:
     if isinstance(v, _Fresh):
         return v.bytes
+    return 0 if _waits(v) else _whole(v)
+
+
+def _waits(v: Any) -> bool:
+    """In the host's memory?"""
+    return getattr(v.aval, "memory_space", None) == jax.memory.Space.Host
+
+
+def _whole(v: Any) -> int:
     shape, dtype = getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None)
     return math.prod(shape) * getattr(dtype, "itemsize", 0)

@@ -8,6 +8,8 @@ folder holds what that run's would, but for the checkpoints, which are the popul
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -58,7 +61,7 @@ class Population:
     """Members on one base.
 
     runs:   each by itself, in shapes, its own rank's.
-    base:   what is frozen of the base, shared.
+    base:   what is frozen of the base: they share it.
     state:  their states, stacked; leaves of unlike rank padded with zeros.
     theta:  their frozen leaves that are not the base's, stacked.
     rates:  learning rates; seeds: of dropout.
@@ -75,8 +78,7 @@ class Population:
 
     def member(self, i: int) -> setup.Run:
         """A member's run as it stands, without padding."""
-        run = self.runs[i]
-        mine = tree.flatten(self.params(i))
+        run, own, mine = self.runs[i], tree.flatten(self.base), tree.flatten(self.params(i))
 
         def half(shapes: dict[str, Any]) -> dict[str, Any]:
             flat = tree.flatten(shapes)
@@ -85,7 +87,6 @@ class Population:
                 | {p: own[p] for p in flat if p in own}
             )
 
-        own = tree.flatten(self.base)
         return dataclasses.replace(run, part=Partition(half(run.part.frozen), half(run.part.trainable)))
 
     def params(self, i: int) -> dict[str, Any]:
@@ -95,7 +96,18 @@ class Population:
 
 
 def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
-    """The members at their starts.
+    """The members at their starts; as `sketch`."""
+    outline = sketch(base, configs, shared_batch=shared_batch)
+    parts = [setup.start(base, m["method"], seed=m["train"]["init_seed"]).part for m in configs]
+    theta = [_split(part.frozen, base)[1] for part in parts]
+    state = _states(outline.runs[0], configs[0], outline.rates, [part.trainable for part in parts])
+    at = jax.tree.map(lambda x: x.sharding, (outline.state, outline.theta))
+    state, theta = jax.device_put((state, stack(theta)), at)
+    return dataclasses.replace(outline, base=_split(parts[0].frozen, base)[0], state=state, theta=theta)
+
+
+def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
+    """`make` in shapes, each with its place: nothing is read or computed, the base may be an outline.
 
     Args:
       shared_batch: all members see the same batch, [B, T]; else each its own, [members, B, T].
@@ -105,43 +117,72 @@ def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch
     if why := together(configs):
         raise ValueError(f"a population: {why}; run these members by themselves")
     config = configs[0]
-    c = config["train"]
-    runs = [setup.sketch(base, m["method"]) for m in configs]
-    method = runs[0].method
+    unlike = {json.dumps(m["method"]): m["method"] for m in configs}  # a thousand members may have one method
+    sketches = {key: setup.sketch(base, method) for key, method in unlike.items()}
+    runs = [sketches[json.dumps(m["method"])] for m in configs]
+    run, method = runs[0], runs[0].method
     if method.move is not None:
         raise ValueError(f"a population: {method.name} moves the base; run these members by themselves")
     sizes = [jax.tree.map(jnp.shape, r.part.trainable) for r in runs]
     if any(s != sizes[0] for s in sizes) and not method.pads:
         raise ValueError(f"a population: {method.name} does not pad ranks with zeros; sweep its ranks one by one")
-    own = tree.flatten(base.params)
-    parts = [setup.start(base, m["method"], seed=m["train"]["init_seed"]).part for m in configs]
-    shared, *fresh = (
-        tree.unflatten({p: x for p, x in tree.flatten(part.frozen).items() if (p in own) == of_base})
-        for part, of_base in ((parts[0], True), *((part, False) for part in parts))
-    )
-    trainable, theta = stack([part.trainable for part in parts]), stack(fresh)
-    del parts
-    of_step = programs.of_step(runs[0], config)
+    of_step = programs.of_step(run, config)
     drops = of_step.pop("dropout_seed") is not None
 
-    def optimizer(rate):
-        settings = {**config["optimizer"], "learning_rate": rate}
-        return optimizers.from_config(settings, steps=c["steps"], method=method, sites=base.sites)[0]
-
-    def one(rate, seed, state, theta, batch, base_params):
-        own_seed = seed if drops else None
-        step = plain_step(runs[0].apply, optimizer=optimizer(rate), dropout_seed=own_seed, **of_step)
-        return step(state, tree.merge(base_params, theta), batch)
+    def one(rate, seed, state, theta, batch, frozen):
+        optimizer, own_seed = _optimizer(run, config, rate), seed if drops else None
+        step = plain_step(run.apply, optimizer=optimizer, dropout_seed=own_seed, **of_step)
+        return step(state, tree.merge(frozen, theta), batch)
 
     axes = (0, 0, 0, 0, None if shared_batch else 0, None)
     rates = jnp.asarray([m["optimizer"]["learning_rate"] for m in configs], jnp.float32)
     seeds = jnp.asarray([m["train"]["dropout_seed"] for m in configs], jnp.uint32)
-    state = jax.vmap(lambda rate, t: State.create(t, optimizer(rate)))(rates, trainable)
-    places = _in_front(programs.training(runs[0], config).places)
-    state = jax.device_put(state, places)
-    theta = jax.device_put(theta, _in_front(base.places(fresh[0], method)))
+    frozen, own = _split(run.part.frozen, base)
+    trainable = [r.part.trainable for r in runs]
+    state = jax.eval_shape(functools.partial(_states, run, config), rates, trainable)
+    theta = jax.eval_shape(stack, [_split(r.part.frozen, base)[1] for r in runs])
+    places = _in_front(programs.training(run, config).places)
     step = jax.jit(jax.vmap(one, axes), donate_argnums=2, out_shardings=(places, None))
-    return Population(runs, shared, state, theta, rates, seeds, step)
+    return Population(
+        runs,
+        programs.placed(frozen, base.places(frozen, method)),
+        programs.placed(state, places),
+        programs.placed(theta, _in_front(base.places(own, method))),
+        rates,
+        seeds,
+        step,
+    )
+
+
+def program(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> programs.Program:
+    """The step of members that each see their own batch, for a planner; `base` may be an outline."""
+    found, c, data = sketch(base, configs), configs[0]["train"], configs[0]["data"]
+    made = programs.training(found.runs[0], configs[0])
+    rows = programs.batch(c["batch_size"], data["train_length"] or data["length"], made.lies, c["accumulate"])
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(configs), *x.shape), x.dtype), rows)
+    batch = programs.placed(many, _in_front(jax.tree.map(lambda x: x.sharding, rows)))
+    whole = NamedSharding(base.mesh, PartitionSpec())
+    numbers = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (found.rates, found.seeds))
+    args = (*numbers, found.state, found.theta, batch, found.base)
+    return programs.Program(found.step, args, found.state, tree.merge(found.base, found.theta))
+
+
+def _states(run: setup.Run, config: Mapping[str, Any], rates: jax.Array, trainable: Sequence[Any]) -> State:
+    """The members' first states, stacked."""
+    return jax.vmap(lambda rate, t: State.create(t, _optimizer(run, config, rate)))(rates, stack(trainable))
+
+
+def _optimizer(run: setup.Run, config: Mapping[str, Any], rate: jax.Array) -> optax.GradientTransformation:
+    settings = {**config["optimizer"], "learning_rate": rate}
+    steps = config["train"]["steps"]
+    return optimizers.from_config(settings, steps=steps, method=run.method, sites=run.base.sites)[0]
+
+
+def _split(frozen: Mapping[str, Any], base: setup.Base) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is frozen of the base, and of the method."""
+    own = tree.flatten(base.params)
+    halves = ({p: x for p, x in tree.flatten(frozen).items() if (p in own) == of_base} for of_base in (True, False))
+    return tuple(map(tree.unflatten, halves))
 
 
 def _in_front(places: Any) -> Any:
@@ -154,7 +195,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
     def stacked(*leaves):
         shape = tuple(max(n) for n in zip(*(jnp.shape(x) for x in leaves), strict=True))
-        return jnp.stack([jnp.pad(x, [(0, m - n) for m, n in zip(shape, jnp.shape(x), strict=True)]) for x in leaves])
+        return jnp.stack([jnp.zeros(shape, x.dtype).at[tuple(map(slice, jnp.shape(x)))].set(x) for x in leaves])
 
     return jax.tree.map(stacked, *trees)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax import sharding
 from peftax.core import tree
-from peftax.train import loss, optimizers, setup
+from peftax.train import evaluate, loss, optimizers, setup
 from peftax.train.step import State, make_step, state_shardings
-
-EVALUATED = 1  # rows of an evaluation on one device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +74,30 @@ def placed(shapes: Any, places: Any) -> Any:
 
 
 class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments, each with its place."""
+    """A jitted function and the shapes of its arguments, each with its place; of a step its state and frozen half."""
 
     run: Callable
     args: tuple[Any, ...]
+    state: State | None = None
+    frozen: Any = None
 
 
-def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
-    """The programs of a config, by name: init, step, evaluate, and merge where the method folds. `run` is a sketch."""
-    made, base = training(run, config), run.base
+NAMES = ("init", "step", "evaluate", "merge")
+
+
+def every(
+    run: setup.Run, config: Mapping[str, Any], made: Training | None = None, only: Sequence[str] = ()
+) -> dict[str, Program]:
+    """The programs of a config, by name; merge where the method folds.
+
+    Args:
+      run: a sketch.
+      made: its training, where that is known already.
+      only: of NAMES; by default all.
+    """
+    made, base = training(run, config) if made is None else made, run.base
+    if wrong := set(only) - set(NAMES):
+        raise ValueError(f"programs: {sorted(wrong)[0]!r} is none of {', '.join(NAMES)}")
     whole = NamedSharding(base.mesh, PartitionSpec())
     frozen, trainable = (placed(half, base.places(half, run.method)) for half in run.part)
     params = tree.merge(frozen, trainable)
@@ -96,25 +109,32 @@ def every(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Program]:
     own = tree.flatten(base.params)
     fresh = {path: x.sharding for path, x in tree.flatten(params).items() if path not in own}
 
-    def init(key, params):
-        part = run.method.init(key, params, base.sites)
-        return {path: x for path, x in tree.flatten(tree.merge(*part)).items() if path in fresh}
+    def init():
+        def run_init(key, params):
+            part = run.method.init(key, params, base.sites)
+            return {path: x for path, x in tree.flatten(tree.merge(*part)).items() if path in fresh}
 
-    found = {
-        "init": Program(jax.jit(init, out_shardings=fresh, keep_unused=True), (key, base.params)),
-        "step": Program(made.step, (made.state, frozen, batch(c["batch_size"], length, made.lies, c["accumulate"]))),
-        "evaluate": Program(
-            jax.jit(functools.partial(loss.token_losses, run.apply, chunk=c["chunk"])),
-            (params, batch(EVALUATED * parts, data["length"], functools.partial(sharding.of_batch, mesh=base.mesh))),
-        ),
-    }
-    if run.method.fold is not None:
+        return Program(jax.jit(run_init, out_shardings=fresh, keep_unused=True), (key, base.params))
+
+    def step():
+        rows = batch(c["batch_size"], length, made.lies, c["accumulate"])
+        return Program(made.step, (made.state, frozen, rows), made.state, frozen)
+
+    def score():
+        lies = functools.partial(sharding.of_batch, mesh=base.mesh)
+        losses = functools.partial(loss.token_losses, run.apply, chunk=c["chunk"])
+        return Program(jax.jit(losses), (params, batch(evaluate.together(parts), data["length"], lies)))
+
+    def merge():
         plain = {path: NamedSharding(base.mesh, spec) for path, spec in base.specs.items()}
         folded = jax.eval_shape(functools.partial(run.method.fold, sites=base.sites), params)
         places = tree.unflatten({path: plain.get(path, whole) for path in tree.flatten(folded)})
-        fold = jax.jit(lambda params: run.method.fold(params, base.sites), out_shardings=places)
-        found["merge"] = Program(fold, (params,))
-    return found
+        return Program(jax.jit(lambda params: run.method.fold(params, base.sites), out_shardings=places), (params,))
+
+    makers = dict(zip(NAMES, (init, step, score, merge), strict=True))
+    if run.method.fold is None:
+        del makers["merge"]
+    return {name: make() for name, make in makers.items() if not only or name in only}
 
 
 def batch(

@@ -98,6 +98,7 @@ def outline(
     param_dtype: str = "float32",
     quantize: quantization.Rules = (),
     kernel: str = "auto",
+    attention: str = "auto",
     new_tokens: Sequence[str] = (),
     new_rows: str = "mean",
     labels: int | Sequence[str] | None = None,
@@ -130,7 +131,8 @@ def outline(
     config, named = _classifier(opened.config, said.get("labels") or labels, said.get("pooling") or pooling)
     how = {"labels": len(named), "pooling": config.get(POOLING)} if named else {}
     try:
-        model = models.build(config, scan=scan, remat=remat, dtype=dtype, param_dtype=param_dtype, **how)
+        how |= {"scan": scan, "remat": remat, "attention": _attention(attention, made)}
+        model = models.build(config, dtype=dtype, param_dtype=param_dtype, **how)
     except ValueError as error:
         raise ValueError(f"{opened.path}: {error}") from error
     shapes = models.abstract(model)
@@ -163,6 +165,14 @@ def _classifier(
         raise ValueError(f"config.model.labels {labels!r}: want a number above 1, or names that differ")
     more = {"id2label": {str(i): n for i, n in enumerate(named)}, "label2id": {n: i for i, n in enumerate(named)}}
     return {**config, **more, **({POOLING: pooling} if pooling else {})}, named
+
+
+def _attention(wanted: str, mesh: Mesh) -> str:
+    """What makes attention on these devices."""
+    if wanted == "splash" and (platform := mesh.devices.flat[0].platform) != "tpu":
+        logging.warning("config.model.attention 'splash' is for TPU, this is %s: XLA makes it", platform)
+        return "xla"
+    return wanted
 
 
 def _packed(opened: weights.Source, shapes, sites: Sites, rules: quantization.Rules, kernel: str) -> dict[str, Any]:

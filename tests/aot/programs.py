@@ -55,10 +55,12 @@ class Program:
     batch: int = 8
     length: int = 1024
     remat: str = "full"
+    attention: str = "auto"
     lora: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rank": 16})
 
     def __post_init__(self):
-        model = models.build(self.config, scan=True, remat=self.remat, dtype="bfloat16", param_dtype="bfloat16")
+        how = {"remat": self.remat, "attention": self.attention, "dtype": "bfloat16", "param_dtype": "bfloat16"}
+        model = models.build(self.config, scan=True, **how)
         shapes = models.abstract(model)
         found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
         grid = sharding.make_mesh(**self.mesh, devices=self.devices)
@@ -69,7 +71,7 @@ class Program:
         apply = injection.inject(model.apply, method, **on_mesh)
         base = quantization.quantize(shapes, self.rules, found)
         for name, value in dict(locals()).items():
-            if name not in ("self", "shapes", "on_mesh"):
+            if name not in ("self", "shapes", "on_mesh", "how"):
                 object.__setattr__(self, f"_{name}", value)
 
     @cached_property

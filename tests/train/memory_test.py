@@ -54,6 +54,7 @@ def compiled_bytes(run: setup.Run, config: dict) -> int:
 CASES = {
     "lora": [],
     "remat": ["model.remat=full"],
+    "offload": ["model.remat=offload"],
     "no_remat": ["model.remat=none"],
     "unrolled": ["model.scan=False", "model.remat=none"],
     "packed": ["model.quantize=(('self_attn', {'fmt': 'nf4', 'group': 32}),)"],
@@ -99,6 +100,17 @@ def test_kinds(base):
 def test_what_it_says_to_change_makes_it_less(base, override, less):
     before, after = (memory.estimate(*sketch(base, *more)) for more in ([], [override]))
     assert getattr(after, less) < 0.8 * getattr(before, less)
+
+
+def test_what_waits_in_the_hosts_memory(base, monkeypatch):
+    """Inputs of layers: on this machine as much as without offloading; on another they are not the device's."""
+    full, here = (memory.estimate(*sketch(base, f"model.remat={remat}")) for remat in ("full", "offload"))
+    assert here.total == pytest.approx(full.total, rel=1e-3)
+    monkeypatch.setattr(memory, "SHARED", ())
+    run, config = sketch(base, "model.remat=offload")
+    c, tokens = run.base.config, 8 * 64
+    inputs = 4 * c["num_hidden_layers"] * tokens * c["hidden_size"]
+    assert memory.estimate(run, config).activations == full.activations - inputs
 
 
 def test_shards(base, monkeypatch):

@@ -14,14 +14,15 @@ METHODS = {
     "lora": {"method.rank": "4", "method.dropout": "0.1"},
     "dora": {"method.rank": "4"},
     "vera": {"method.rank": "8"},
-    "ia3": {},
+    "ia3": {"model.scan": "False"},
     "adapter": {"method.size": "4"},
     "prompt": {"method.length": "4"},
     "oft": {"method.block_size": "4"},
     "ln_tuning": {},
 }
 
-QUICK = ("lora", "vera", "prompt", "ln_tuning")  # dropout; leaves a seed draws; rows before the tokens; the base's own
+QUICK = ("lora", "vera", "prompt", "ia3", "ln_tuning")
+# dropout; leaves that a seed draws; rows before the tokens; every layer by itself; the base's own leaves
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import jax
 
 from peftax.ops.attention import mesh, xla
 from peftax.ops.attention.where import EVERYWHERE, Where, visible
 
-__all__ = ["EVERYWHERE", "Where", "attention", "visible"]
+__all__ = ["EVERYWHERE", "FORMS", "Where", "attention", "visible"]
+FORMS = ("auto", "xla", "splash")  # "auto" is XLA's until a timing on a device says otherwise
 
 
 def attention(
@@ -18,6 +22,7 @@ def attention(
     *,
     window: int | jax.Array | None = None,
     in_order: bool = False,
+    form: str = "auto",
 ) -> jax.Array:
     """softmax(q kᵀ / √H + mask) v with grouped heads (K divides N); softmax in f32.
 
@@ -31,6 +36,8 @@ def attention(
       window: how far back a query sees; None: without end.
       in_order: the last T keys are the tokens of the queries, and none sees a key behind its own, whatever `where`
         says.
+      form: one of FORMS. "splash" runs on TPU alone. What it does not take (`splash.refusal`) XLA makes, with one
+        warning; without one what has a cache, and what `inject` tells nothing (`where.front`).
 
     Returns:
       [B, T, N, H] in the dtype of q.
@@ -49,11 +56,24 @@ def attention(
             f"attention: {t} queries and {s} keys, but `where` holds {where.q_positions.shape[1]} and "
             f"{where.k_positions.shape[1]}"
         )
+    attend = functools.partial(_attend, form)
     if where.rows is None:
-        return _attend(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
-    return mesh.by_parts(_attend, q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
+        return attend(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
+    return mesh.by_parts(attend, q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
 
 
-def _attend(q, k, v, where: Where, *, window, in_order: bool) -> jax.Array:
-    """On one device."""
+def _attend(form: str, q, k, v, where: Where, *, window, in_order: bool, first: jax.Array | None = None) -> jax.Array:
+    """On one device. `first`: of a part of a row in order, its first query's number among the keys."""
+    if form == "splash" and where.front is not None and (in_order or first is not None):
+        from peftax.ops.attention import splash  # Pallas takes its time to load
+
+        why_not = splash.refusal(q.shape[-1], k.shape[2], where.front, window)
+        if why_not is None:
+            return splash.attention(q, k, v, where, window=window, first=first)
+        _warn(why_not)
     return xla.attention(q, k, v, where, window=window, in_order=in_order)
+
+
+@functools.cache
+def _warn(why_not: str) -> None:
+    warnings.warn(f"attention 'splash': {why_not}; XLA makes it", stacklevel=2)

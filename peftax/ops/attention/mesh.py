@@ -44,12 +44,12 @@ def by_parts(
     if rows is None or not lead or lead[0] is None:
         return attend(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, window=window, in_order=in_order)
     row, tokens, *_ = lead
-    mesh, (n, s), kv = rows.mesh, (q_BxTxNxH.shape[2], k_BxKxSxH.shape[2]), k_BxKxSxH.shape[1]
+    mesh, (t, n), (kv, s) = rows.mesh, q_BxTxNxH.shape[1:3], k_BxKxSxH.shape[1:3]
     own = (*batch.row_axes(rows), *batch.token_axes(rows))
     others = tuple(a for a in mesh.axis_names if a not in own and mesh.shape[a] > 1)
     parts = batch.parts(mesh, others)
     heads, kv_heads = (others if split else None for split in splits(n, kv, parts))
-    gathered = tokens if s == q_BxTxNxH.shape[1] else None
+    gathered = tokens if s == t else None
     traced = (window,) if isinstance(window, jax.Array) else ()
 
     def each(q, k, v, where, *traced):
@@ -58,11 +58,14 @@ def by_parts(
             k, v = (jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=1) for x in (k, v))
         if gathered:
             k, v = (jax.lax.all_gather(x, gathered, axis=2, tiled=True) for x in (k, v))
-        # a device's queries are not the last of the keys; which keys are later, positions say
-        return attend(q, k, v, where, window=traced[0] if traced else window, in_order=not tokens)
+        first = None  # a device's queries are not the last of the keys: their positions say which keys are later
+        if tokens:
+            first = k.shape[2] - t + jax.lax.axis_index(tokens) * q.shape[1]
+        return attend(q, k, v, where, window=traced[0] if traced else window, in_order=not tokens, first=first)
 
     of_q, of_k = P(row, tokens, heads), P(row, kv_heads, gathered)
-    of_where = Where(P(row, tokens), P(row, tokens), P(row, None), P(row, None))  # pyright: ignore[reportArgumentType]
+    lies = P(row, tokens), P(row, tokens), P(row, None), P(row, None)
+    of_where = Where(*lies, front=where.front)  # pyright: ignore[reportArgumentType]
     given = (q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, where, *traced)
     specs = (of_q, of_k, of_k, of_where, P())[: len(given)]
     return jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=of_q, check_vma=False)(*given)

@@ -15,7 +15,10 @@ EVERYWHERE = -1  # a segment that all others see
 @dataclasses.dataclass(frozen=True)
 class Where:
     """Positions and segments of queries and keys, int32 [B, T] and [B, S]; a pytree. Segment 0 is padding, a
-    negative one (EVERYWHERE) is seen by every segment. `rows`: how the batch lies on a mesh; `inject` says so.
+    negative one (EVERYWHERE) is seen by every segment.
+
+    rows:  how the batch lies on a mesh; `inject` says so.
+    front: negative segments are among the first `front` keys alone; `inject` says so. None: nobody does.
     """
 
     q_positions: jax.Array
@@ -23,6 +26,7 @@ class Where:
     k_positions: jax.Array
     k_segments: jax.Array
     rows: NamedSharding | None = None
+    front: int | None = None
 
     @classmethod
     def both_ways(cls, positions: jax.Array, segments: jax.Array) -> Where:
@@ -31,7 +35,7 @@ class Where:
 
 
 ARRAYS = ("q_positions", "q_segments", "k_positions", "k_segments")
-jax.tree_util.register_dataclass(Where, data_fields=ARRAYS, meta_fields=["rows"])
+jax.tree_util.register_dataclass(Where, data_fields=ARRAYS, meta_fields=["rows", "front"])
 
 
 def visible(where: Where, window: int | jax.Array | None = None) -> jax.Array:
