@@ -68,6 +68,8 @@ def load(
         return _load_chain(folder, name, raw, params, sites, adapter)
     if "adapter" in methods.defaults(name):
         settings["adapter"] = adapter
+    if whole := settings.get(methods.WHOLE):  # PEFT lists every name that a classifier's head may have
+        settings[methods.WHOLE] = tuple(m for m in whole if m not in CLASSIFIERS or m in params)
     form = getattr(methods.module(name), "HF", None)
     if form is not None and form.held is not None and "peft_type" in raw:
         settings = form.held(settings)
@@ -388,13 +390,13 @@ def _whole(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple
     targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     stacked = next(iter(names.walk({path: leaf})))
     form = _form(_holder(path, method, sites), method)
-    own = form.inside if form else ""
+    own, root = (form.inside, form.root) if form else ("", PREFIX)
     for layer, name in enumerate(stacked.names):
         module, last = name.rsplit(".", 1)
         inside = f".{own}" if own else ".base_layer" if module in targeted else ""
         index = (layer,) if stacked.stacked else ()
         shape = leaf.shape[stacked.stacked :]
-        yield f"{PREFIX}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
+        yield f"{root}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
 
 
 def _holder(path: str, method: Method, sites: Sites) -> Method:

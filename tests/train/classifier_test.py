@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +26,12 @@ METHODS = {
 OURS = ("adapter", "bitfit", "prefix+adapter", "full")
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr("peftax.sharding.jax.devices", lambda: devices)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     at = tmp_path_factory.mktemp("data") / "rows.jsonl"
@@ -40,16 +47,16 @@ def encoder(tmp_path_factory):
 
 def config(base, data, **overrides):
     given = {"model.labels": repr(LABELS), "optimizer.learning_rate": "0.03", "train.steps": "12", **overrides}
-    given |= {"train.eval_every": "6", "train.save_every": "12", "train.check_memory": "True"}
+    given |= {"train.eval_every": "6", "train.save_every": "12", "train.batch_size": "4", "data.length": "16"}
     return tiny_run.config(base, data, **{k.replace(".", "__"): v for k, v in given.items()})
 
 
 def look(run, c):
-    rows = packing.pack(setup.examples(run.base, "valid", source=c["data"]["valid"], **ALL), 64)
+    rows = packing.pack(setup.examples(run.base, "valid", source=c["data"]["valid"], **ALL), 16)
     return evaluate.nll(run.apply, run.params, rows, hits=True)
 
 
-ALL = {"length": 64, "policy": "error", "task": None}
+ALL = {"length": 16, "policy": "error", "task": None}
 
 
 @pytest.mark.parametrize("method", METHODS)
