@@ -10,8 +10,8 @@ A recipe says what it sweeps beside its config:
 Each `add` is a member: overrides of the config, left to right, so that `method.name` installs a method's defaults and
 later keys change them. "seed" stands for all seeds of a run. A sweep's folder holds
 
-  sweep.json            the recipe, and every member's overrides
-  MEMBER/member.json    its own
+  sweep.json            the recipe, its members, and the rounds of learning rates that were added to them
+  MEMBER/member.json    its overrides
   MEMBER/environment.json   versions, git revision, host
   MEMBER/...            what a run writes (config.json, metrics.jsonl, adapter/, checkpoints/)
   MEMBER/result.json    once it is finished; error.txt where it failed
@@ -40,17 +40,25 @@ from typing import Any
 
 from peftax import recipe
 from peftax.core import tree
-from peftax.weights.source import write_json
+from peftax.weights.source import read_json, write_json
 
 Pairs = Sequence[tuple[str, str]]
+RATE = "optimizer.learning_rate"
 SEEDS = ("data.seed", "train.init_seed", "train.dropout_seed")
 ENGINES = ("local", "slurm", "ray", "kubernetes")
 PACKAGES = ("peftax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "transformers", "datasets")
 LONG = 120  # of a folder's name
+ENDED = frozenset({"finished", "failed"})
 
 
-def members(name_or_path: str, overrides: Pairs = ()) -> dict[str, list[tuple[str, str]]]:
+def members(
+    name_or_path: str, overrides: Pairs = (), rounds: Sequence[Sequence[Mapping[str, Any]]] = ()
+) -> dict[str, list[tuple[str, str]]]:
     """{name: overrides} of a recipe's sweep; `overrides` come before each member's own.
+
+    Args:
+      rounds: of learning rates beside the recipe's, [{"arm": see `arm`, "rate": a number}, ...] each; a rate is tried
+        with all seeds of its arm.
 
     Raises ValueError where the recipe sweeps nothing, or says the same member twice.
     """
@@ -68,7 +76,16 @@ def members(name_or_path: str, overrides: Pairs = ()) -> dict[str, list[tuple[st
         if name in found:
             raise ValueError(f"recipe {name_or_path}: its sweep adds {name} twice")
         found[name] = [*overrides, *pairs(values)]
+    for more in (more for each in rounds for more in each):
+        for values in (values for values in added if arm(pairs(values)) == more["arm"]):
+            values = {**values, RATE: more["rate"]}
+            found.setdefault(member_name(values, short), [*overrides, *pairs(values)])
     return found
+
+
+def arm(own: Pairs) -> list[list[str]]:
+    """All that a member sweeps but its learning rate and its seeds."""
+    return [list(pair) for pair in own if pair[0] not in (RATE, *SEEDS)]
 
 
 def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -99,14 +116,37 @@ def _short_names(keys: set[str]) -> dict[str, str]:
     return {key: word if list(last.values()).count(word) == 1 else key for key, word in last.items()}
 
 
+def said(workdir: str | Path) -> dict[str, Any]:
+    """What a sweep's folder says of it: sweep.json, or what it would begin with."""
+    file = Path(workdir) / "sweep.json"
+    return {"rounds": [], **(read_json(file) if file.exists() else {})}
+
+
+def say(workdir: str | Path, **more: Any) -> None:
+    """Put more into sweep.json."""
+    write_json(Path(workdir) / "sweep.json", {**said(workdir), **more})
+
+
+def add_round(workdir: str | Path, rates: Mapping[str, float]) -> None:
+    """One more learning rate for arms, each named by one of its members: {member: rate}. `lay_out` makes the members.
+
+    Written before any folder is made, so that a round is there whole or not at all.
+    """
+    now, round_ = said(workdir), []
+    for name, rate in rates.items():
+        own = read_json(Path(workdir) / name / "member.json")["overrides"][len(now["overrides"]) :]
+        round_.append({"arm": arm(own), "rate": rate})
+    say(workdir, rounds=[*now["rounds"], round_])
+
+
 def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> list[Path]:
-    """The members' folders, made where they are not there; a member that is there keeps what it is.
+    """The members' folders, of added rates too, made where they are not there; one that is there keeps what it is.
 
     Raises:
       ValueError: a member cannot be (a key that does not exist, a wrong value), or a folder of its name holds another.
     """
     workdir = Path(workdir)
-    found = members(name_or_path, overrides)
+    found = members(name_or_path, overrides, said(workdir)["rounds"])
     path = Path(name_or_path)
     where = str(path.resolve()) if path.suffix == ".py" else name_or_path
     for name, own in found.items():
@@ -117,18 +157,16 @@ def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> li
             raise ValueError(f"{name}: {text}") from error
     folders = []
     for name, own in found.items():
-        folder, said = workdir / name, {"recipe": where, "overrides": [list(p) for p in own]}
+        folder, mine = workdir / name, {"recipe": where, "overrides": [list(p) for p in own]}
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "member.json"
-        if file.exists() and (old := json.loads(file.read_text()))["overrides"] != said["overrides"]:
+        if file.exists() and (old := read_json(file))["overrides"] != mine["overrides"]:
             raise ValueError(
                 f"{folder} holds a member with other overrides, {old['overrides']}; choose a new --workdir"
             )
-        write_json(file, said)
+        write_json(file, mine)
         folders.append(folder)
-    write_json(
-        workdir / "sweep.json", {"recipe": where, "overrides": [list(p) for p in overrides], "members": list(found)}
-    )
+    say(workdir, recipe=where, overrides=[list(p) for p in overrides], members=list(found))
     return folders
 
 
@@ -184,8 +222,8 @@ def populations(folders: Sequence[Path], most: int) -> list[list[Path]]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    said = json.loads((folder / "member.json").read_text())
-    return recipe.load(said["recipe"], [tuple(p) for p in said["overrides"]]).to_dict()
+    mine = read_json(folder / "member.json")
+    return recipe.load(mine["recipe"], [tuple(p) for p in mine["overrides"]]).to_dict()
 
 
 def status(folder: Path) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peftax import results
-from peftax.results import RATE, SEED, Choice
+from peftax.results import RATE, SEED, Choice, label
 
 BAND = 0.2  # how dark the range over seeds is
 
@@ -176,17 +175,6 @@ FIGURES = (
     ("forgetting", "Forgetting", forgetting, draw_forgetting),
     ("costs", "Time and memory", costs, draw_costs),
 )
-
-
-def label(arm: dict[str, Any]) -> str:
-    """ "lora, rank 8"."""
-    words = [str(arm["method.name"])] if "method.name" in arm else []
-    words += [f"{k.rpartition('.')[2]} {_short(v)}" for k, v in arm.items() if k != "method.name" and not pd.isna(v)]
-    return ", ".join(words) or "all"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _axes(x: str, y: str):
