@@ -6,6 +6,7 @@ import math
 import pytest
 
 from peftax import cli, report, results, selection, sweep
+from peftax.engines import local
 from peftax.results import RATE, Choice
 
 RECIPE = """
@@ -120,9 +121,9 @@ def test_what_diverges_is_an_edge_too_far(tmp_path, began):
 
 
 def test_an_engine_that_does_not_wait(tmp_path, began, monkeypatch):
-    """The next call of the same command goes on, a round at a time; a round that was half made is made whole."""
+    """The next call of the same command goes on, a round at a time."""
     file, workdir = recipe_file(tmp_path), tmp_path / "w"
-    ends = __import__("peftax.engines.local").engines.local.submit
+    ends = local.submit
     queued = []
     monkeypatch.setattr("peftax.engines.local.submit", lambda members, workdir, jobs=1: queued.append(members))
     for expected in (6, 8, 10, 12):
