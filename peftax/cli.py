@@ -164,6 +164,14 @@ def _parser() -> argparse.ArgumentParser:
         help="while an arm's best learning rate is at the edge of its grid, one rate more for every arm: so often at "
         "most; default 3, 0: never",
     )
+    sub.add_argument(
+        "--measure",
+        action="append",
+        default=[],
+        metavar="NAME=DATA",
+        help="the loss of every finished member, and of its untouched base, on other data: a file, hub name or task, "
+        "with #SPLIT; nothing is trained again; what was asked once is asked",
+    )
     sub.add_argument("--dry", action="store_true", help="only say what would run")
 
     sub = command(ls, "runs and sweeps: status, steps, losses")
@@ -307,18 +315,17 @@ def sweep(args) -> int:
         for name, overrides in sweeps.members(args.config, args.overrides, rounds).items():
             print(name, *(f"--config.{key}={value}" for key, value in overrides))
         return 0
-    settings = {}
-    for word in args.set:
-        key, mark, value = word.partition("=")
-        if not mark:
-            raise ValueError(f"--set {word!r}: want KEY=VALUE")
-        settings[key] = _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
+    settings = {
+        key: _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
+        for key, value in _pairs("--set", args.set).items()
+    }
     found = selection.run(
         args.config,
         args.workdir,
         args.overrides,
         extend=selection.ROUNDS if args.extend is None else args.extend,
         on=args.on,
+        measures=_pairs("--measure", args.measure),
         retry=args.retry,
         together=args.together,
         **settings,
@@ -326,11 +333,27 @@ def sweep(args) -> int:
     for folder, status in found.items():
         why = f": {sweeps.error(folder)}" if status == "failed" else ""
         print(f"{status:9} {folder.name}{why}")
+    unread = {folder: names for folder in found if (names := sweeps.unread(folder))}
+    for folder, names in unread.items():
+        why = (
+            sweeps.error(folder, "unread.txt") if (folder / "unread.txt").exists() else "the engine has yet to read it"
+        )
+        print(f"unread    {folder.name}: {', '.join(names)}: {why}")
     if sweeps.ENDED.issuperset(found.values()):
         for c in selection.choices(args.workdir):
             if c.edge in ("low", "high"):
                 print(f"{results.label(c.arm)}: learning rate {c.rate:g} is still at the edge", file=sys.stderr)
-    return int("failed" in found.values())
+    return int("failed" in found.values() or any((folder / "unread.txt").exists() for folder in unread))
+
+
+def _pairs(flag: str, words: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        key, mark, value = word.partition("=")
+        if not mark:
+            raise ValueError(f"{flag} {word!r}: want KEY=VALUE")
+        pairs[key] = value
+    return pairs
 
 
 def ls(args) -> None:

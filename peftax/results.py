@@ -27,8 +27,9 @@ SEED = "seed"
 def load(*folders: str | Path) -> pd.DataFrame:
     """A row for each run in these folders, of a sweep for each member: name, status, swept keys, results.
 
-    Keys are as in the config ("method.rank"); "seed" is what a sweep calls a run's seeds. What a run does not have is
-    missing (NaN).
+    Keys are as in the config ("method.rank"); "seed" is what a sweep calls a run's seeds; "test" is there where it was
+    read; "metrics.NAME" is what else was measured, "metrics.NAME before" of the untouched base. What a run does not
+    have is missing (NaN).
 
     Raises FileNotFoundError where a folder holds no run.
     """
@@ -59,9 +60,14 @@ def _row(run: Path) -> dict[str, Any]:
     if (file := run / "result.json").exists():
         result = json.loads(file.read_text())
         row |= {k: v for k, v in result.items() if not isinstance(v, list | dict)}
-        row |= {f"metrics.{k}": v for k, v in result.get("metrics", {}).items()}
         if result.get("best"):
             row["best_step"], row["valid"] = result["best"]
+    if (file := run / "test.json").exists():
+        row["test"] = json.loads(file.read_text())["nll"]
+    if (file := run / "metrics.json").exists():
+        before = json.loads(sweep.base_file(run).read_text())
+        for name, value in json.loads(file.read_text()).items():
+            row |= {f"metrics.{name}": value, f"metrics.{name} before": before.get(name, math.nan)}
     return row
 
 
@@ -95,6 +101,7 @@ class Choice:
     edge:   "low" | "high" where the choice is at the grid's end, "" inside, "only" where there is one rate (NaN where
             it is not swept), "none" where no member ever had a number.
     trials: members of the arm.
+    read:   of the arm's rates, for how many test has been read.
     """
 
     arm: dict[str, Any]
@@ -105,6 +112,7 @@ class Choice:
     edge: str
     trials: int
     members: list[str]
+    read: int = 0
 
 
 def label(arm: dict[str, Any]) -> str:
@@ -149,6 +157,7 @@ def choose(table: pd.DataFrame, *, over: str = RATE, metric: str = "valid") -> l
                 edge=edge,
                 trials=len(rows),
                 members=list(chosen.name),
+                read=at[rows.test.notna()].nunique(dropna=False) if "test" in rows else 0,
             )
         )
     return found

@@ -1,14 +1,20 @@
-"""A sweep until its choices can be trusted: an arm whose best learning rate lies at the edge of its grid gets the next
-one, and every other arm one more too, so that all are chosen from as many trials.
+"""A sweep until its choices can be trusted.
+
+An arm whose best learning rate lies at the edge of its grid gets the next one, and every other arm one more too, so
+that all are chosen from as many trials. Then test is read once, of the members of what was chosen. Other data is read
+of all members whenever it is asked for: what they have forgotten, for one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from peftax import results, sweep
+from peftax.data.source import FORMATS
 from peftax.results import Choice
+from peftax.weights.source import read_json
 
 ROUNDS = 3
 
@@ -19,6 +25,7 @@ def run(
     overrides: sweep.Pairs = (),
     *,
     extend: int = ROUNDS,
+    measures: Mapping[str, str] | None = None,
     retry: bool = False,
     **how,
 ) -> dict[Path, str]:
@@ -26,14 +33,56 @@ def run(
 
     Args:
       extend: rounds of one more learning rate for every arm, at most; 0: none.
+      measures: {name: data} to read of every finished member and of its untouched base, beside those that this sweep
+        was asked for before; see train/readings.other.
       how: the rest of sweep.run.
 
     Returns:
       {folder: status}, of the members that were added too.
     """
+    measures = _measures(workdir, measures or {})
+    if sweep.said(workdir)["test"]:
+        sweep.say(workdir, test=[])  # until it is sure what is chosen now
     found = sweep.run(name_or_path, workdir, overrides, retry=retry, **how)
-    while set(found.values()) <= sweep.ENDED and extend_grids(workdir, extend):
+    sweep.say(workdir, measures=measures)
+    while sweep.ENDED.issuperset(found.values()) and extend_grids(workdir, extend):
         found = sweep.run(name_or_path, workdir, overrides, **how)
+    if sweep.ENDED.issuperset(found.values()):
+        sweep.say(workdir, test=to_test(workdir))
+    if any(map(sweep.unread, found)):
+        found = sweep.run(name_or_path, workdir, overrides, **how)
+    return found
+
+
+def _measures(workdir: str | Path, asked: Mapping[str, str]) -> dict[str, str]:
+    """What this sweep was asked to measure before, and now; files by their whole paths."""
+    known = dict(sweep.said(workdir)["measures"])
+    for name, source in asked.items():
+        where, mark, split = source.partition("#")
+        if not name.isidentifier() or name == "test":
+            raise ValueError(f"a measure cannot be called {name!r}: want one word, and not test")
+        if (path := Path(where).expanduser()).exists():
+            source = f"{path.resolve()}{mark}{split}"
+        elif path.suffix in FORMATS:
+            raise FileNotFoundError(f"measure {name}: no data file at {where}")
+        if known.setdefault(name, source) != source:
+            raise ValueError(f"{workdir}: {name} is measured on {known[name]} there, not {source}; choose another name")
+    return known
+
+
+def to_test(workdir: str | Path) -> list[str]:
+    """The members of each arm's chosen cell whose config has a test.
+
+    Raises ValueError where test was read and has been another one since.
+    """
+    found = []
+    for name in (name for c in choices(workdir) if math.isfinite(c.valid) for name in c.members):
+        folder = Path(workdir) / name
+        test, file = sweep.test_of(sweep.config_of(folder)), folder / "test.json"
+        if file.exists() and (old := read_json(file)["data"]) != test:
+            raise ValueError(f"{file} was read of {old}, the recipe says {test} now; test is read once")
+        if test["task"] or test["test"]:
+            found.append(name)
     return found
 
 

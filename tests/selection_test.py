@@ -3,11 +3,13 @@
 import json
 import math
 
+import jax
 import pytest
 
 from peftax import cli, report, results, selection, sweep
 from peftax.engines import local
 from peftax.results import RATE, Choice
+from tests.train import tiny_run
 
 RECIPE = """
 from peftax.configs import default
@@ -133,6 +135,84 @@ def test_an_engine_that_does_not_wait(tmp_path, began, monkeypatch):
         ends(queued[-1], workdir)
     assert set(selection.run(file, workdir).values()) == {"finished"}
     assert len(sweep.said(workdir)["rounds"]) == 3
+
+
+TINY = """
+from pathlib import Path
+from peftax.configs import default
+
+HERE = Path(__file__).parent
+
+
+def get_config():
+    config = default.get_config()
+    config.model.path = str(HERE / "base")
+    config.data.test = config.data.train = config.data.valid = str(HERE / "rows.jsonl")
+    config.data.length = 64
+    config.method.rank = 2
+    config.train.steps = 2
+    config.train.batch_size = 8
+    config.train.tensorboard = False
+    return config
+
+
+def sweep(add):
+    for rate in (0.001, 0.01):
+        for seed in range({seeds}):
+            add({{"optimizer.learning_rate": rate, "seed": seed}})
+"""
+
+
+class _Here:
+    """A process of the local engine that has run in this one."""
+
+    def __init__(self, command):
+        sweep.main(*command[3:])
+
+    def poll(self):
+        return 0
+
+
+def test_test_is_read_once_and_other_data_afterwards(tmp_path, monkeypatch, capsys):
+    """A real sweep: read when it is finished, measured later, and a cell that is chosen later is read too."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr("peftax.sharding.jax.devices", lambda: devices)
+    monkeypatch.setattr("peftax.engines.local._start", lambda command, folder, cores: _Here(command))
+    tiny_run.base_folder(tmp_path / "base")
+    tiny_run.data_file(tmp_path / "rows.jsonl")
+    file, workdir = tmp_path / "tiny.py", tmp_path / "w"
+    file.write_text(TINY.format(seeds=1))
+    command = ["sweep", f"--config={file}", f"--workdir={workdir}", "--extend=0"]
+    assert cli.main(command) == 0
+    low, high = sorted(workdir.glob("learning_rate=*"))
+    assert (high / "test.json").exists() and not (low / "test.json").exists()
+    assert json.loads((high / "test.json").read_text())["nll"] == pytest.approx(
+        json.loads((high / "result.json").read_text())["valid"], rel=1e-4
+    )  # the same rows here
+
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "add 3 and 4, then 5 and 6"}) + "\n")
+    before = {f: f.read_bytes() for f in workdir.glob("learning_rate=*/*.json")}
+    assert cli.main([*command, f"--measure=general={tmp_path / 'words.jsonl'}"]) == 0
+    assert {f: f.read_bytes() for f in before} == before
+    table = results.load(workdir)
+    assert table["metrics.general before"].nunique() == 1 and table["metrics.general"].nunique() == 2
+    assert len(list(workdir.glob("bases/*.json"))) == 1
+    with pytest.raises(ValueError, match="general is measured on"):
+        selection.run(str(file), workdir, measures={"general": "prose"})
+    assert cli.main([*command, "--measure=gone=no/such/hub_name"]) == 1
+    assert capsys.readouterr().out.count("gone: ValueError: cannot load split 'test' of no/such/hub_name") == 2
+
+    for folder, valid in ((low, 0.1), (high, 9.0)):  # as if more seeds had turned the choice
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps({**result, "best": [2, valid]}))
+    read = (high / "test.json").read_bytes()
+    sweep.say(workdir, measures={})
+    assert cli.main(command) == 0
+    assert (low / "test.json").exists() and (high / "test.json").read_bytes() == read
+    assert [(c.read, c.rate) for c in selection.choices(workdir)] == [(2, 0.001)]
+    file.write_text(file.read_text().replace("config.data.test = ", "config.data.test_limit = 3; config.data.test = "))
+    with pytest.raises(ValueError, match="the recipe says .* now; test is read once"):
+        selection.run(str(file), workdir, extend=0)
 
 
 def test_without_valid_there_is_no_choice(tmp_path, began):

@@ -80,14 +80,16 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
     rows = []
     for c in choices:
         own = table[table.name.isin(c.members)]
-        seeds = np.asarray(c.seeds)
         row: dict[str, Any] = {
             **{key.rpartition(".")[2]: value for key, value in c.arm.items()},
             **({} if math.isnan(c.rate) else {"learning rate": c.rate, "in its grid": WHERE[c.edge]}),
             "trials": c.trials,
             "valid": c.valid,
-            "± (seeds)": f"{seeds.std(ddof=1):.4f} ({len(seeds)})" if len(seeds) > 1 else f"({len(seeds)})",
+            "± (seeds)": spread(c.seeds),
         }
+        if c.read:
+            test = own.test.dropna()
+            row |= {"test": test.mean(), "± (test)": spread(test), "rates read": c.read}
         for column in ("trainable", "seconds", "peak_bytes", *(x for x in own if str(x).startswith("metrics."))):
             if column in own and own[column].notna().any():
                 row[str(column).removeprefix("metrics.")] = own[column].mean()
@@ -96,6 +98,12 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
     if "peak_bytes" in found:
         found["peak GiB"] = (found.pop("peak_bytes") / 2**30).round(2)
     return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """ "0.0123 (3)": the deviation of single values, and how many there are."""
+    n = len(values)
+    return f"{np.std(values, ddof=1):.4f} ({n})" if n > 1 else f"({n})"
 
 
 # --- pages ----------------------------------------------------------------------------------------
