@@ -63,7 +63,8 @@ def _row(run: Path) -> dict[str, Any]:
         if result.get("best"):
             row["best_step"], row["valid"] = result["best"]
     if (file := run / "test.json").exists():
-        row["test"] = json.loads(file.read_text())["nll"]
+        test = json.loads(file.read_text())
+        row |= {"test": test["nll"]} | ({"test_accuracy": test["accuracy"]} if "accuracy" in test else {})
     if (file := run / "metrics.json").exists():
         before = json.loads(sweep.base_file(run).read_text())
         for name, value in json.loads(file.read_text()).items():

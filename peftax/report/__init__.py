@@ -90,7 +90,13 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
         if c.read:
             test = own.test.dropna()
             row |= {"test": test.mean(), "± (test)": spread(test), "rates read": c.read}
-        for column in ("trainable", "seconds", "peak_bytes", *(x for x in own if str(x).startswith("metrics."))):
+        for column in (
+            "test_accuracy",
+            "trainable",
+            "seconds",
+            "peak_bytes",
+            *(x for x in own if str(x).startswith("metrics.")),
+        ):
             if column in own and own[column].notna().any():
                 row[str(column).removeprefix("metrics.")] = own[column].mean()
         rows.append(row)

@@ -28,7 +28,7 @@ class Reader:
         self._applies: dict[str, Any] = {}
 
     def test(self, adapter: str | Path) -> dict[str, float]:
-        """{"nll", "tokens"} of an adapter folder on `config.data`'s test."""
+        """{"nll", "tokens", and "accuracy" of a classifier} of an adapter folder on `config.data`'s test."""
         if "" not in self._rows:
             rows = setup.held_out(self.base, self.data, "test")
             if rows is None:
@@ -48,8 +48,8 @@ class Reader:
         else:
             run = setup.attach(self.base, adapter)
             apply, params = self._applies.setdefault(_kind(Path(adapter)), run.apply), run.params
-        found = evaluate.nll(apply, params, rows, at=self.base.rows)
-        return {"nll": found["nll"], "tokens": found["tokens"]}
+        found = evaluate.nll(apply, params, rows, hits=bool(self.base.labels), at=self.base.rows)
+        return {key: found[key] for key in ("nll", "accuracy", "tokens") if key in found}
 
 
 def _kind(adapter: Path) -> str:
@@ -70,7 +70,7 @@ def other(base: setup.Base, data: Mapping[str, Any], source: str) -> packing.Row
     else:
         split = split or ("train" if Path(where).exists() else "test")
         rows = data_source.load(where, split=split)
-        if not {"messages", "prompt"} & set(rows[0]) and "text" in rows[0]:
+        if not base.labels and "text" in rows[0] and not {"messages", "prompt"} & set(rows[0]):
             rows = [row for row in rows if row["text"] and row["text"].strip()]
             more |= {"prompt": "", "completion": "{text}"}
         more["source"] = rows
