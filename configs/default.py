@@ -62,9 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     # and `label`.
     config.data.train = None
     config.data.valid = None  # the same; None trains without choosing by it
-    config.data.test = (
-        None  # the same; no training touches it: `peftax sweep` reads it once, of what was chosen on valid
-    )
+    config.data.test = None  # the same; no training touches it: a sweep reads it once, of what was chosen on valid
     # Rows of other columns: templates over their names, "Question: {question}\nAnswer:" and " {answer}". Of several
     # prompts, the first whose columns are all filled. Tokens such as <s> and </s> are written out where they belong.
     config.data.prompt = None

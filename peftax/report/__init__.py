@@ -90,13 +90,8 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
         if c.read:
             test = own.test.dropna()
             row |= {"test": test.mean(), "± (test)": spread(test), "rates read": c.read}
-        for column in (
-            "test_accuracy",
-            "trainable",
-            "seconds",
-            "peak_bytes",
-            *(x for x in own if str(x).startswith("metrics.")),
-        ):
+        measured = (column for column in own if str(column).startswith("metrics."))
+        for column in ("test_accuracy", "trainable", "seconds", "peak_bytes", *measured):
             if column in own and own[column].notna().any():
                 row[str(column).removeprefix("metrics.")] = own[column].mean()
         rows.append(row)
