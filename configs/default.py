@@ -62,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     # and `label`.
     config.data.train = None
     config.data.valid = None  # the same; None trains without choosing by it
+    config.data.test = None  # the same; no training touches it: a sweep reads it once, of what was chosen on valid
     # Rows of other columns: templates over their names, "Question: {question}\nAnswer:" and " {answer}". Of several
     # prompts, the first whose columns are all filled. Tokens such as <s> and </s> are written out where they belong.
     config.data.prompt = None
@@ -70,12 +71,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = None  # of a hub data set that has several configurations
     config.data.train_split = "train"  # of a source that has splits
     config.data.valid_split = "train"
+    config.data.test_split = "train"
     config.data.length = 1024  # context, tokens
     config.data.train_length = None  # of training rows, where it should be less than the context: short rows are cheap
     config.data.policy = "drop"  # an example above it: "drop" | "truncate" | "error"
     config.data.packing = True  # several examples a row, which neither see nor count one another
     config.data.train_limit = None  # at most this many training examples; None takes all
     config.data.valid_limit = None  # the same for valid
+    config.data.test_limit = None  # the same for test
     config.data.seed = 0  # order of examples and rows
 
     config.optimizer = ml_collections.ConfigDict()

@@ -28,6 +28,7 @@ FLOORS = {
     "engines": 5,
     "results": 7,
     "report": 8,
+    "selection": 8,
     "cli": 9,
     "": 10,  # peftax/__init__.py, which re-exports
 }

@@ -197,7 +197,7 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
         return False
     mine, theirs = json.loads(json.dumps(config)), source.read_json(file)
     a, b = (tree.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
-    free = ("train/check_memory", "mesh/")  # a run may go on on other devices
+    free = ("train/check_memory", "mesh/", "data/test")  # a run may go on on other devices; test is none of its own
     differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith(free))
     if differ:
         key = differ[0]

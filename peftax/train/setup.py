@@ -440,7 +440,7 @@ def examples(
     completion: str | None = None,
     chat_template: str | None = None,
 ) -> list[chat.Example]:
-    """Tokenized examples of "train" or "valid": from a task's file, or from a source as `config.data` says."""
+    """Tokenized examples of "train", "valid" or "test": from a task's file, or from a source as `config.data` says."""
     if base.tokenizer is None:
         raise ValueError(f"{base.path}: holds no tokenizer; lay tokenizer.json beside the weights")
     if task:
@@ -513,17 +513,22 @@ def check_mesh(base: Base, config: Mapping[str, Any], method: Method) -> None:
 
 def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
     """The packed rows of the valid split, or None where the config names none."""
-    if not data["task"] and not data["valid"]:
+    return held_out(base, data, "valid")
+
+
+def held_out(base: Base, data: Mapping[str, Any], split: str) -> packing.Rows | None:
+    """The packed rows of "valid" or "test", or None where the config names none."""
+    if not data["task"] and not data[split]:
         return None
     encoded = examples(
         base,
-        "valid",
+        split,
         length=data["length"],
         policy=data["policy"],
         task=data["task"],
-        limit=data["valid_limit"],
-        source=data["valid"],
-        source_split=data["valid_split"],
+        limit=data[f"{split}_limit"],
+        source=data[split],
+        source_split=data[f"{split}_split"],
         **_columns(data),
     )
     rows = packing.pack(encoded, data["length"])
