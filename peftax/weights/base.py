@@ -317,6 +317,7 @@ def save(
     tokenizer: Any = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    read: Callable[[str, int | None], Any] | None = None,
 ) -> Path:
     """Write a Hugging Face checkpoint folder; it appears under its name only when it is whole.
 
@@ -324,16 +325,17 @@ def save(
     all call it and the first writes.
 
     Args:
-      params: the tree; layers scanned or not, on any sharding.
+      params: the tree; layers scanned or not, on any sharding. Shapes, where `read` makes the leaves.
       config: the checkpoint's config.json; dtype, architecture, untied head are brought up to date.
       into: a folder that does not exist or is empty.
       tokenizer: a transformers tokenizer to lay beside.
       dtype: of the floating tensors in the file; None keeps each.
       max_shard_bytes: a file's limit; one tensor above it gets a file of its own.
+      read: (a leaf's path, a layer of its stack or None) -> what is written there; asked for one after another.
     """
     into = Path(into)
     if not processes.first():
-        _write_tensors(params, None, dtype, max_shard_bytes)  # hands over its shards
+        _write_tensors(params, read, None, dtype, max_shard_bytes)  # hands over its shards
         processes.wait(f"{into.name} is written")
         return into
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
@@ -342,7 +344,7 @@ def save(
     part = into.with_name(f".{into.name}.part{os.getpid()}")
     part.mkdir()
     try:
-        kind = _write_tensors(params, part, dtype, max_shard_bytes)
+        kind = _write_tensors(params, read, part, dtype, max_shard_bytes)
         _write_config(params, config, kind, tokenizer, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
@@ -356,7 +358,7 @@ def save(
     return into
 
 
-def _write_tensors(params: trees.Tree, into: Path | None, dtype: Any, limit: int) -> np.dtype:
+def _write_tensors(params: trees.Tree, read: Callable | None, into: Path | None, dtype: Any, limit: int) -> np.dtype:
     """Write the shards (None: only take part in gathering them); returns the type of the floating tensors."""
     flat, leaves = trees.flatten(params), list(names.walk(params))
     target = None if dtype is None else np.dtype(jnp.dtype(dtype))
@@ -380,11 +382,15 @@ def _write_tensors(params: trees.Tree, into: Path | None, dtype: Any, limit: int
         file = file if len(shards) > 1 else source.SINGLE
         tensors = {}
         for leaf, parts in _by_leaf(shard):
-            bits, x = as_bits(flat[leaf.path]), flat[leaf.path]
-            if not bits and not any(map(processes.spread, jax.tree.leaves(x))):
-                x = np.asarray(dense(x))
+            x = flat[leaf.path]
+            bits = as_bits(x)
+            if read is None:
+                x = jax.tree.map(lambda x: x if processes.spread(x) else np.asarray(x), x)
             for layer in parts:
-                own = jax.tree.map(lambda x, i=layer: x[i], x) if leaf.stacked else x
+                if read is not None:
+                    own = read(leaf.path, layer if leaf.stacked else None)
+                else:
+                    own = jax.tree.map(lambda x, i=layer: x[i], x) if leaf.stacked else x
                 if bits:
                     own = bitsandbytes.to_tensors(leaf.names[layer], jax.tree.map(processes.whole, own))
                 else:
