@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.quantize = ()
     config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
 
-    # What makes attention: "auto" (XLA, some queries at a time) | "xla" | "splash": JAX's kernels for TPU; what these do
+    # What makes attention: "auto" (XLA, some queries at a time) | "xla" | "splash": JAX's kernels for TPU; what they do
     # not take, and other devices, go on with XLA.
     config.model.attention = "auto"
 

@@ -7,7 +7,6 @@ import pytest
 
 from peftax import methods, models
 from peftax.core import adapters, folding, quantization, sites, tree
-from peftax.core.method import chain
 from tests.methods import tiny
 
 QUICK = ("lora", "dora", "vera", "bitfit")  # a product, of the base's norms, leaves of all sites, the base's own
