@@ -28,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.quantize = ()
     config.model.kernel = "auto"  # what multiplies them: "auto" (by device and shape) | a file of peftax/ops/kernels
 
-    # What makes attention: "auto" (XLA, some queries at a time) | "xla" | "splash": kernels of JAX for TPU; what these
-    # do not take, and other devices, go on with XLA.
+    # What makes attention: "auto" (XLA, some queries at a time) | "xla" | "splash": JAX's kernels for TPU; what they do
+    # not take, and other devices, go on with XLA.
     config.model.attention = "auto"
 
     # Tables grow where they have no rows to spare. What trains the new rows is the method: lora's `tokens` or

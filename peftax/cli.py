@@ -428,7 +428,7 @@ def generate(args) -> None:
 
 def merge(args) -> None:
     from peftax import weights
-    from peftax.core import quantization
+    from peftax.core import folding
     from peftax.core.method import chain, parts
     from peftax.data import packing
     from peftax.train import evaluate as scores
@@ -441,15 +441,16 @@ def merge(args) -> None:
             f"{' '.join(args.adapter)}: {'+'.join(stays)} is no change of weights and cannot be merged into them; "
             "serve it as an adapter"
         )
-    folded = run.method.fold(run.params, base.sites)
-    if args.pack:
-        folded = quantization.pack_like(folded, base.params)
+    shapes, read = folding.by_layer(run.method, run.params, base.sites, pack=args.pack)
+    into = weights.save(shapes, base.config, args.into, tokenizer=base.tokenizer, read=read)
     if args.data:
         rows = packing.pack(_examples(base, args.data, "train", None, 1024), 1024)
         before = scores.nll(run.apply, run.params, rows, at=base.rows)["nll"]
-        after = scores.nll(base.inject(chain()), folded, rows, at=base.rows)["nll"]
+        del base, run, read  # the folded weights take their place
+        base = setup.open_base(path=str(into), dtype=args.dtype)
+        after = scores.nll(base.inject(chain()), base.params, rows, at=base.rows)["nll"]
         _say(f"loss per token: adapted {before:.4f}, folded {after:.4f} ({after - before:+.4f})", file=sys.stderr)
-    _say(weights.save(folded, base.config, args.into, tokenizer=base.tokenizer))
+    _say(into)
 
 
 def convert(args) -> None:

@@ -114,7 +114,10 @@ def plan(
     every = programs.every(run, config, made, only)
     if members > 1 and "step" in every:
         every["step"] = population.program(run.base, [config] * members)
-    beside = {"evaluate": members * machines.shard_bytes(made.state.opt_state)}  # it waits there for the next step
+    beside = {  # the optimizer waits for the next step; a merge takes copies of one layer at a time
+        "evaluate": members * machines.shard_bytes(made.state.opt_state),
+        "merge": sum(machines.shard_bytes(programs.placed(x, run.base.places(x, run.method))) for x in run.part),
+    }
     found = {name: _compiled(name, program, machine, beside.get(name, 0)) for name, program in every.items()}
     peak = max((found[name].bytes for name in found if name in RUNNING), default=0)
     n = core_sites.count(run.method, run.base.params, run.base.sites)
@@ -281,7 +284,7 @@ def show(done: Plan, console: Console) -> None:
         table.add_row(kind, memory.size(n))
     table.add_section()
     for p in done.programs.values():
-        note = "" if p.name in RUNNING else " (where the folded model fits)"
+        note = "" if p.name in RUNNING else " (of one layer at a time)"
         table.add_row(f"{p.name}{note}, compiled", memory.size(p.bytes))
     table.add_section()
     table.add_row("the run's peak", memory.size(done.peak))

@@ -102,9 +102,9 @@ def test_a_search_tries_other_bits_and_offloading(model, monkeypatch):
         return types.SimpleNamespace(fits=False)
 
     monkeypatch.setattr(plan, "plan", compiled)
-    remats, given = ("full", "offload"), {"batches": (1,), "quantized": plan.BITS}
+    remats, given = ("full", "offload"), {"batches": (1,), "quantized": plan.BITS[:1]}
     assert plan.search(config_of(model), machines.named("cpu:1"), remats=remats, **given) == []
-    assert seen == [(remat, bits) for remat in remats for bits in ((), *plan.BITS)]
+    assert seen == [(remat, bits) for remat in remats for bits in ((), plan.BITS[0])]
 
 
 def test_meshes_of_a_machine():

@@ -7,6 +7,7 @@ share lies at <method>/<adapter>/<leaf>.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -442,18 +443,23 @@ def _map_site(function, site: Site, theta, common, flat, *, keep: bool = False):
     n = len(site.layers)
     theta = {leaf: x.reshape(n, *x.shape[len(site.stack) :]) for leaf, x in theta.items()}
     b = flat[site.bias] if site.bias else None
+    layers = (theta, site.matrix(kernel), None if b is None else b.reshape(n, -1))
+    folded = _map_layers(function, common, layers, kind=site.kind, keep=keep)
+    w = site.unmatrix(folded.w, kernel.shape).astype(kernel.dtype)
+    return w, None if b is None else folded.b.reshape(b.shape).astype(b.dtype)
 
+
+@functools.partial(jax.jit, static_argnames=("function", "kind", "keep"))  # compiled once for all layers that are asked
+def _map_layers(function, common, layers, *, kind: str, keep: bool) -> Kernel:
     def one(layer):
         theta, w, b = layer
-        old = Kernel(dense(w.astype(jnp.float32)), b, site.kind)
+        old = Kernel(dense(w.astype(jnp.float32)), b, kind)
         new = function({**common, **theta}, old)
         if "on" in theta:
             new = jax.tree.map(lambda new, old: jnp.where(theta["on"], new, old), new, old)
-        return new.replace(w=quantization.like(new.w, w)) if keep and tree.is_packed(kernel) else new
+        return new.replace(w=quantization.like(new.w, w)) if keep and tree.is_packed(w) else new
 
-    folded = jax.lax.map(one, (theta, site.matrix(kernel), None if b is None else b.reshape(n, -1)))
-    w = site.unmatrix(folded.w, kernel.shape).astype(kernel.dtype)
-    return w, None if b is None else folded.b.reshape(b.shape).astype(b.dtype)
+    return jax.lax.map(one, layers)
 
 
 def _take(flat: dict[str, Any], place: Place | None, name: str, adapter: str) -> dict[str, jax.Array]:

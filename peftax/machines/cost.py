@@ -20,8 +20,9 @@ from jax.interpreters import partial_eval
 def flops(traced: Any) -> int:
     """Multiplications and additions of all products of a traced function (`jax.jit(f).trace(...)`), over all devices.
 
-    Loop bodies count as often as they run, of branches the dearest, a kernel by its CostEstimate. What no result needs
-    is left out first, as a compiler does. Elementwise work is not counted.
+    Loop bodies count as often as they run, of branches the dearest, a kernel by its CostEstimate; one without
+    (Splash) by its body at every step of its grid, those over blocks that no query sees among them. What no result
+    needs is left out first, as a compiler does. Elementwise work is not counted.
     """
     jaxpr = traced.jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
@@ -42,7 +43,8 @@ def _flops(jaxpr: Any) -> int:
             total += 2 * math.prod(out) * math.prod(kernel) // features
         elif name == "pallas_call":
             estimate = p.get("cost_estimate")
-            total += 0 if estimate is None else estimate.flops
+            steps = math.prod(n for n in p["grid_mapping"].grid if isinstance(n, int))
+            total += steps * _flops(p["jaxpr"]) if estimate is None else estimate.flops
         elif name == "scan":
             total += p["length"] * _flops(p["jaxpr"].jaxpr)
         elif name == "cond":

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftax import sharding
-from peftax.core import tree
+from peftax.core import folding, tree
 from peftax.train import evaluate, loss, optimizers, setup
 from peftax.train.step import State, make_step, state_shardings
 
@@ -125,11 +125,9 @@ def every(
         losses = functools.partial(loss.token_losses, run.apply, chunk=c["chunk"])
         return Program(jax.jit(losses), (params, batch(evaluate.together(parts), data["length"], lies)))
 
-    def merge():
-        plain = {path: NamedSharding(base.mesh, spec) for path, spec in base.specs.items()}
-        folded = jax.eval_shape(functools.partial(run.method.fold, sites=base.sites), params)
-        places = tree.unflatten({path: plain.get(path, whole) for path in tree.flatten(folded)})
-        return Program(jax.jit(lambda params: run.method.fold(params, base.sites), out_shardings=places), (params,))
+    def merge():  # `peftax merge` runs one such program after another
+        fold, leaves = folding.largest(run.method, params, base.sites)
+        return Program(jax.jit(fold), (leaves,))
 
     makers = dict(zip(NAMES, (init, step, score, merge), strict=True))
     if run.method.fold is None:

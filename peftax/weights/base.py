@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
 
 from peftax import processes
 from peftax.core import quantization
@@ -323,6 +322,7 @@ def save(
     tokenizer: Any = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    read: Callable[[str, int | None], Any] | None = None,
 ) -> Path:
     """Write a Hugging Face checkpoint folder; it appears under its name only when it is whole.
 
@@ -330,16 +330,17 @@ def save(
     all call it and the first writes.
 
     Args:
-      params: the tree; layers scanned or not, on any sharding.
+      params: the tree; layers scanned or not, on any sharding. Shapes, where `read` makes the leaves.
       config: the checkpoint's config.json; dtype, architecture, untied head are brought up to date.
       into: a folder that does not exist or is empty.
       tokenizer: a transformers tokenizer to lay beside.
       dtype: of the floating tensors in the file; None keeps each.
       max_shard_bytes: a file's limit; one tensor above it gets a file of its own.
+      read: (a leaf's path, a layer of its stack or None) -> what is written there; asked for one after another.
     """
     into = Path(into)
     if not processes.first():
-        _write_tensors(params, None, dtype, max_shard_bytes)  # hands over its shards
+        _write_tensors(params, read, None, dtype, max_shard_bytes)  # hands over its shards
         processes.wait(f"{into.name} is written")
         return into
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
@@ -348,13 +349,10 @@ def save(
     part = into.with_name(f".{into.name}.part{os.getpid()}")
     part.mkdir()
     try:
-        kind = _write_tensors(params, part, dtype, max_shard_bytes)
+        kind = _write_tensors(params, read, part, dtype, max_shard_bytes)
         _write_config(params, config, kind, tokenizer, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
-        mode = (part / "config.json").stat().st_mode  # save_file makes files private
-        for file in part.glob("*.safetensors"):
-            file.chmod(mode)
         part.replace(into)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -362,13 +360,18 @@ def save(
     return into
 
 
-def _write_tensors(params: trees.Tree, into: Path | None, dtype: Any, limit: int) -> np.dtype:
+def _write_tensors(params: trees.Tree, read: Callable | None, into: Path | None, dtype: Any, limit: int) -> np.dtype:
     """Write the shards (None: only take part in gathering them); returns the type of the floating tensors."""
     flat, leaves = trees.flatten(params), list(names.walk(params))
     target = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
     def stored(leaf: names.Leaf) -> np.dtype:
         return target if target and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+
+    def part(leaf: names.Leaf, layer: int) -> Any:
+        if read is not None:
+            return read(leaf.path, layer if leaf.stacked else None)
+        return jax.tree.map(lambda x: x[layer], flat[leaf.path]) if leaf.stacked else flat[leaf.path]
 
     shards: list[list[tuple[names.Leaf, int]]] = [[]]
     held = total = 0
@@ -384,24 +387,24 @@ def _write_tensors(params: trees.Tree, into: Path | None, dtype: Any, limit: int
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = file if len(shards) > 1 else source.SINGLE
-        tensors = {}
-        for leaf, parts in _by_leaf(shard):
-            bits, x = as_bits(flat[leaf.path]), flat[leaf.path]
-            if not bits and not any(map(processes.spread, jax.tree.leaves(x))):
-                x = np.asarray(dense(x))
-            for layer in parts:
-                own = jax.tree.map(lambda x, i=layer: x[i], x) if leaf.stacked else x
-                if bits:
-                    own = bitsandbytes.to_tensors(leaf.names[layer], jax.tree.map(processes.whole, own))
-                else:
-                    own = leaf.to_file(processes.whole(dense(own)))
-                    # save_file writes the memory as it lies: it must be contiguous
-                    own = {leaf.names[layer]: np.ascontiguousarray(own, dtype=stored(leaf)).reshape(own.shape)}
-                if into is not None:
-                    tensors |= own
-        if into is not None:
-            save_file(tensors, into / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
+        ready, asked = {}, {}  # few bits are small, and several tensors a leaf; numbers are made as they are written
+        for leaf, layer in shard:
+            if as_bits(flat[leaf.path]):
+                own = jax.tree.map(processes.whole, part(leaf, layer))
+                ready |= bitsandbytes.to_tensors(leaf.names[layer], own)
+            else:
+                asked[leaf.names[layer]] = (leaf, layer)
+
+        def make(name: str, ready=ready, asked=asked) -> np.ndarray:
+            if name in ready:
+                return ready[name]
+            leaf, layer = asked[name]
+            return leaf.to_file(processes.whole(dense(part(leaf, layer)))).astype(stored(leaf), copy=False)
+
+        kinds = {name: (x.dtype, x.shape) for name, x in ready.items()}
+        kinds |= {name: (stored(leaf), leaf.tensor_shape) for name, (leaf, _) in asked.items()}
+        source.write(None if into is None else into / file, kinds, make)
+        weight_map.update(dict.fromkeys(kinds, file))
     if into is not None and len(shards) > 1:
         _dump(into / source.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     floats = [stored(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -432,13 +435,6 @@ def _quantization_config(params: trees.Tree) -> dict[str, Any]:
         "llm_int8_skip_modules": sorted({"lm_head", *(n.removesuffix(".weight") for k in kernels for n in k.names)}),
     }
     return {"quantization_config": how}
-
-
-def _by_leaf(shard: list[tuple[names.Leaf, int]]) -> Iterator[tuple[names.Leaf, list[int]]]:
-    layers: dict[str, tuple[names.Leaf, list[int]]] = {}
-    for leaf, layer in shard:
-        layers.setdefault(leaf.path, (leaf, []))[1].append(layer)
-    yield from layers.values()
 
 
 def _write_config(params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, into: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where base weights come from: safetensors (folder, file), a GGUF file, a hub id.
+"""Where base weights come from: safetensors (folder, file), a GGUF file, a hub id; and a safetensors file written.
 
 Never pickle, never remote code.
 """
@@ -9,11 +9,13 @@ import abc
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,36 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+
+
+def write(
+    file: Path | None, kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], make: Callable[[str], np.ndarray]
+) -> None:
+    """A safetensors file, one tensor in memory at a time, laid out as the library's `save_file` lays it.
+
+    Args:
+      file: None: everything is made and nothing written.
+      kinds: {name: (dtype, shape)}.
+      make: a name -> that tensor, asked for once.
+    """
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+    written = {kind: short for short, kind in DTYPES.items()}
+    head, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        (kind, shape), start = kinds[name], end
+        end += math.prod(shape) * kind.itemsize
+        head[name] = {"dtype": written[kind.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with nullcontext() if file is None else file.open("wb") as out:
+        if out is not None:
+            out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            x = make(name)
+            if x.dtype != kinds[name][0] or x.shape != kinds[name][1]:
+                raise ValueError(f"{file}: tensor {name!r} is {x.dtype} {x.shape}, not {kinds[name]}")
+            if out is not None:
+                out.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 class Source(abc.ABC):

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from peftax import methods, models, sharding
 from peftax.core import injection, sites, tree
+from peftax.machines import cost
 from peftax.ops.attention import EVERYWHERE, Where, attention, splash, xla
 from peftax.train import loss, setup
 from peftax.weights.outlines import Outline
@@ -61,11 +62,13 @@ def test_equals_xla(case):
     t, before, inside, heads, kv, window = CASES[case]
     where, given = packed(t, before=before, inside=inside), arrays(t, t + before, heads, kv)
     assert splash.refusal(SIZE, t + before, where.front, window) is None
-    ours = jax.jit(
-        functools.partial(slopes, lambda *a: splash.attention(*a, where, window=window, interpret=True), where)
-    )
-    plain = jax.jit(functools.partial(slopes, lambda *a: xla.attention(*a, where, window=window, in_order=True), where))
-    (value, found), (wanted, theirs) = ours(*given), plain(*given)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(form, *given):
+        how = {"interpret": True} if form is splash else {"in_order": True}
+        return slopes(lambda *a: form.attention(*a, where, window=window, **how), where, *given)
+
+    (value, found), (wanted, theirs) = run(splash, *given), run(xla, *given)
     assert abs(value - wanted) < 1e-4 * abs(wanted) + 1e-3
     for a, b in zip(found, theirs, strict=True):
         assert distance(a, b) < 1e-5
@@ -176,3 +179,15 @@ def test_another_device_goes_on_with_xla(caplog):
     base = setup.outline(path="tiny", attention="splash", files=Outline("tiny", LLAMA))
     assert base.model.config.attention == "xla"
     assert "is for TPU, this is cpu" in caplog.text
+
+
+def test_its_operations_are_counted():
+    """Scores and their product with values, of all blocks; going back three products for dq and four for dk and dv."""
+    where, given = packed(1024), arrays(1024, 1024, 4, 2)
+
+    def attend(*given):
+        return splash.attention(*given, where).sum()
+
+    one = 2 * 2 * 4 * 1024 * 1024 * SIZE
+    assert cost.flops(jax.jit(attend).trace(*given)) == 2 * one
+    assert cost.flops(jax.jit(jax.grad(attend, (0, 1, 2))).trace(*given)) == pytest.approx(9 * one, rel=1e-3)
