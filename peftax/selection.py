@@ -44,12 +44,13 @@ def run(
     if sweep.said(workdir)["test"]:
         sweep.say(workdir, test=[])  # until it is sure what is chosen now
     found = sweep.run(name_or_path, workdir, overrides, retry=retry, **how)
+    left = {folder: sweep.unread(folder) for folder in found}  # tried, or in the engine's queue
     sweep.say(workdir, measures=measures)
     while sweep.ENDED.issuperset(found.values()) and extend_grids(workdir, extend):
         found = sweep.run(name_or_path, workdir, overrides, **how)
     if sweep.ENDED.issuperset(found.values()):
         sweep.say(workdir, test=to_test(workdir))
-    if any(map(sweep.unread, found)):
+    if any(sweep.unread(folder) != left.get(folder, []) for folder in found):
         found = sweep.run(name_or_path, workdir, overrides, **how)
     return found
 

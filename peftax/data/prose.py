@@ -11,7 +11,7 @@ import zipfile
 from peftax.data import asset
 
 FILE = "reasoning_gym/data/in_the_year_2889.txt"
-BEGINS, ENDS = "\nIN THE YEAR 2889.\n", "*** END OF THE PROJECT GUTENBERG"
+BEGINS, ENDS = "\nIN THE YEAR 2889.\n", "\nEnd of Project Gutenberg"
 LONG = 2000  # characters of a row at least: some 450 tokens
 
 

@@ -53,8 +53,8 @@ NEEDS = {"slurm": "SLURM_CONF", "ray": "RAY_ADDRESS"}
 class Sweep:
     """The same command again and again."""
 
-    def __init__(self, engine: str, here: Path):
-        self.workdir, self.log, self.began = here / engine, here / f"{engine}.log", time.time()
+    def __init__(self, engine: str, here: Path, name: str):
+        self.workdir, self.log, self.began = here / name, here / f"{name}.log", time.time()
         self.command = [sys.executable, "-m", "peftax.cli", "sweep", f"--config={here / 'recipe.py'}", f"--on={engine}"]
         self.command += [f"--workdir={self.workdir}", "--together=1", "--extend=0"]
         self.command += [word for setting in SETTINGS[engine] for word in ("--set", setting)]
@@ -113,7 +113,7 @@ def until(happened, timeout: float = 600):
 def test_nothing_is_lost(engine, here):
     if NEEDS[engine] not in os.environ:
         pytest.skip(f"{NEEDS[engine]} names no cluster: see launch/README.md")
-    run = Sweep(engine, here)
+    run = Sweep(engine, here, engine)
     whole = next(f for f in here.glob("undisturbed/*/") if (f / "result.json").exists())
     victim = run.workdir / whole.name
     process = run.start()
@@ -145,9 +145,7 @@ def test_nothing_is_lost(engine, here):
 def test_a_member_whose_job_slurm_queues_again_goes_on_by_itself(here):
     if "SLURM_CONF" not in os.environ:
         pytest.skip("SLURM_CONF names no cluster: see launch/README.md")
-    run = Sweep("slurm", here)
-    run.workdir = here / "requeued"
-    run.command[run.command.index(f"--workdir={here / 'slurm'}")] = f"--workdir={run.workdir}"
+    run = Sweep("slurm", here, "requeued")
     whole = next(f for f in here.glob("undisturbed/*/") if (f / "result.json").exists())
     victim = run.workdir / whole.name
     process = run.start()
