@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from absl import logging
 
@@ -83,7 +84,7 @@ def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Seque
     rows: list[dict[str, Any]] = []
     for arm, choice in choices.items():
         said = [json.loads((folder / "result.json").read_text()) for folder in runs[arm]]
-        seeds = pd.Series([100 * x["accuracy"] for x in test[arm]])
+        accuracy = [100 * x["accuracy"] for x in test[arm]]
         gap = results.verdict(full, [1 - x["accuracy"] for x in test[arm]])
         rows.append(
             {
@@ -91,10 +92,10 @@ def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Seque
                 "trainable": said[0]["trainable"],
                 "learning rate": choice.rate,
                 "in its grid": report.WHERE[choice.edge],
-                "valid nll": pd.Series([x["best"][1] for x in said]).mean(),
-                "test nll": pd.Series([x["nll"] for x in test[arm]]).mean(),
-                "test accuracy, %": seeds.mean(),
-                "± (3 seeds)": seeds.std(),
+                "valid nll": np.mean([x["best"][1] for x in said]),
+                "test nll": np.mean([x["nll"] for x in test[arm]]),
+                "test accuracy, %": np.mean(accuracy),
+                "± (3 seeds)": np.std(accuracy, ddof=1),
                 "errors more than full, points [95%]": "" if arm == "full" else interval(gap),
             }
         )
@@ -111,7 +112,8 @@ def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Seque
     for name, figure in (("rates", figures.draw_rates(rates)), ("accuracy", draw(table))):
         figure.savefig(workdir / f"{name}.png", dpi=120)
         figures.close(figure)
-    n, shown = int(test["full"][0]["tokens"]), table.round(4)
+    n = int(test["full"][0]["tokens"])
+    shown = table.round({"valid nll": 4, "test nll": 4, "test accuracy, %": 1, "± (3 seeds)": 1})
     parts = [
         (f"Accuracy on {n:,} test sentences", report.markdown(shown)),
         ("Accuracy against what trains", workdir / "accuracy.png"),
