@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from absl import logging
 
 from experiments.sentence_sentiment import config as sweeps
 from experiments.sentence_sentiment.seeds import SEEDS
 from peftax import report, results, sweep
-from peftax.data import packing
 from peftax.report import figures
 from peftax.results import RATE, Choice
-from peftax.train import evaluate, setup
+from peftax.train import readings
 from peftax.weights.source import write_json
 
 HERE = Path(__file__).parent
@@ -72,17 +72,8 @@ def tested(runs: Mapping[str, Sequence[Path]], workdir: Path) -> dict[str, list[
     file = workdir / TEST
     if file.exists():
         return json.loads(file.read_text())
-    settings = sweeps.get_config().to_dict()
-    base, data = setup.open_base(**settings["model"], mesh=settings["mesh"]), settings["data"]
-    encoded = setup.examples(base, "test", length=data["length"], policy=data["policy"], task=data["task"])
-    rows = packing.pack(encoded, data["length"])
-
-    def score(folder: Path) -> dict[str, float]:
-        run = setup.attach(base, folder / "adapter")
-        found = evaluate.nll(run.apply, run.params, rows, hits=True)
-        return {key: found[key] for key in ("nll", "accuracy", "tokens")}
-
-    found = {arm: [score(folder) for folder in folders] for arm, folders in runs.items()}
+    reader = readings.Reader(sweeps.get_config().to_dict())
+    found = {arm: [reader.test(folder / "adapter") for folder in folders] for arm, folders in runs.items()}
     write_json(file, found)
     return found
 
@@ -93,19 +84,19 @@ def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Seque
     rows: list[dict[str, Any]] = []
     for arm, choice in choices.items():
         said = [json.loads((folder / "result.json").read_text()) for folder in runs[arm]]
-        seeds = pd.Series([100 * x["accuracy"] for x in test[arm]])
+        accuracy = [100 * x["accuracy"] for x in test[arm]]
         gap = results.verdict(full, [1 - x["accuracy"] for x in test[arm]])
         rows.append(
             {
                 "arm": arm,
                 "trainable": said[0]["trainable"],
                 "learning rate": choice.rate,
-                "in its grid": choice.edge or "inside",
-                "valid nll": pd.Series([x["best"][1] for x in said]).mean(),
-                "test nll": pd.Series([x["nll"] for x in test[arm]]).mean(),
-                "test accuracy, %": seeds.mean(),
-                "± (3 seeds)": seeds.std(),
-                "less than full [95%]": "" if arm == "full" else interval(gap),
+                "in its grid": report.WHERE[choice.edge],
+                "valid nll": np.mean([x["best"][1] for x in said]),
+                "test nll": np.mean([x["nll"] for x in test[arm]]),
+                "test accuracy, %": np.mean(accuracy),
+                "± (3 seeds)": np.std(accuracy, ddof=1),
+                "errors more than full, points [95%]": "" if arm == "full" else interval(gap),
             }
         )
     table = pd.DataFrame(rows)
@@ -121,7 +112,8 @@ def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Seque
     for name, figure in (("rates", figures.draw_rates(rates)), ("accuracy", draw(table))):
         figure.savefig(workdir / f"{name}.png", dpi=120)
         figures.close(figure)
-    n, shown = int(test["full"][0]["tokens"]), table.round(4)
+    n = int(test["full"][0]["tokens"])
+    shown = table.round({"valid nll": 4, "test nll": 4, "test accuracy, %": 1, "± (3 seeds)": 1})
     parts = [
         (f"Accuracy on {n:,} test sentences", report.markdown(shown)),
         ("Accuracy against what trains", workdir / "accuracy.png"),
@@ -131,7 +123,7 @@ def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Seque
 
 
 def interval(gap: results.Verdict) -> str:
-    """Percentage points of accuracy, paired by seed."""
+    """In percentage points, paired by seed."""
     return f"{100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
 
 
