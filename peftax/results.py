@@ -66,7 +66,8 @@ def _row(run: Path) -> dict[str, Any]:
         test = json.loads(file.read_text())
         row |= {"test": test["nll"]} | ({"test_accuracy": test["accuracy"]} if "accuracy" in test else {})
     if (file := run / "metrics.json").exists():
-        before = json.loads(sweep.base_file(run).read_text())
+        base = sweep.base_file(run)
+        before = json.loads(base.read_text()) if base.exists() else {}
         for name, value in json.loads(file.read_text()).items():
             row |= {f"metrics.{name}": value, f"metrics.{name} before": before.get(name, math.nan)}
     return row
