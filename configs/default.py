@@ -37,6 +37,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.new_tokens = ()  # tokens that the tokenizer has to learn
     config.model.new_rows = "mean"  # of the old ones, as in transformers | "normal": N(0, initializer_range)
 
+    # A classifier in place of a language model: rows of `text` and `label` (below), a head that trains whole beside the
+    # method. Where the base's file holds no head it starts at zero, every label as likely. An encoder (bert) needs it.
+    config.model.labels = None  # how many, or their names; None: those of the file, if it is a classifier's
+    # What the head sees of a text: "cls", its first token | "last" | "mean" of all; None: as transformers, and so PEFT,
+    # has it: cls for bert, last for others.
+    config.model.pooling = None
+
     config.method = ml_collections.ConfigDict({"name": "lora"})  # its other keys are that file's arguments
     # What method.init="eva" is made from: one look at the first training batches, which are trained on all the same.
     config.calibration = ml_collections.ConfigDict()
@@ -51,22 +58,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     # A file of peftax/data with `examples(split)`, such as "function_calling"; or None and the paths below.
     config.data.task = None
-    config.data.train = None  # hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`
+    # Hub name, JSONL, Parquet or CSV file with `messages`, or `prompt` and `completion`; for a classifier `text`
+    # and `label`.
+    config.data.train = None
     config.data.valid = None  # the same; None trains without choosing by it
+    config.data.test = None  # the same; no training touches it: a sweep reads it once, of what was chosen on valid
     # Rows of other columns: templates over their names, "Question: {question}\nAnswer:" and " {answer}". Of several
     # prompts, the first whose columns are all filled. Tokens such as <s> and </s> are written out where they belong.
     config.data.prompt = None
-    config.data.completion = None  # what is learned; with the prompt "", all of a row
+    config.data.completion = None  # what is learned; with the prompt "", all of a row; of a classifier the label
     config.data.chat_template = None  # Jinja; of `messages`, in place of the tokenizer's own (a base model has none)
     config.data.name = None  # of a hub data set that has several configurations
     config.data.train_split = "train"  # of a source that has splits
     config.data.valid_split = "train"
+    config.data.test_split = "train"
     config.data.length = 1024  # context, tokens
     config.data.train_length = None  # of training rows, where it should be less than the context: short rows are cheap
     config.data.policy = "drop"  # an example above it: "drop" | "truncate" | "error"
     config.data.packing = True  # several examples a row, which neither see nor count one another
     config.data.train_limit = None  # at most this many training examples; None takes all
     config.data.valid_limit = None  # the same for valid
+    config.data.test_limit = None  # the same for test
     config.data.seed = 0  # order of examples and rows
 
     config.optimizer = ml_collections.ConfigDict()

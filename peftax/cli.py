@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--programs", nargs="+", default=(), help="only these of init, step, evaluate, merge")
     sub.add_argument("--tokens", type=int, help="of a dataset, padding counted: time and cost of one epoch")
     sub.add_argument("--price", type=float, help="of one device and hour")
+    sub.add_argument("--members", type=int, default=1, help="runs of a sweep that train in one program")
     sub.add_argument(
         "--search", action="store_true", help="try meshes, batches and remat; those that fit, quickest first"
     )
@@ -155,6 +156,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry", action="store_true", help="failed members too")
     sub.add_argument(
         "--together", type=int, default=8, help="members that may share a program: at most so many; 1: none"
+    )
+    sub.add_argument(
+        "--extend",
+        type=int,
+        metavar="ROUNDS",
+        help="while an arm's best learning rate is at the edge of its grid, one rate more for every arm: so often at "
+        "most; default 3, 0: never",
+    )
+    sub.add_argument(
+        "--measure",
+        action="append",
+        default=[],
+        metavar="NAME=DATA",
+        help="the loss of every finished member, and of its untouched base, on other data: a file, hub name or task, "
+        "with #SPLIT; nothing is trained again; what was asked once is asked",
     )
     sub.add_argument("--dry", action="store_true", help="only say what would run")
 
@@ -283,7 +299,7 @@ def plan(args) -> None:
         else:
             planner.show_search(config, found, console)
         return
-    done = planner.plan(config, machine, only=args.programs, tokens=args.tokens, price=args.price)
+    done = planner.plan(config, machine, only=args.programs, members=args.members, tokens=args.tokens, price=args.price)
     if args.json:
         print(json.dumps(planner.to_json(done)))
     else:
@@ -291,25 +307,53 @@ def plan(args) -> None:
 
 
 def sweep(args) -> int:
+    from peftax import results, selection
     from peftax import sweep as sweeps
 
     if args.dry:
-        for name, overrides in sweeps.members(args.config, args.overrides).items():
+        rounds = sweeps.said(args.workdir)["rounds"]
+        for name, overrides in sweeps.members(args.config, args.overrides, rounds).items():
             print(name, *(f"--config.{key}={value}" for key, value in overrides))
         return 0
-    settings = {}
-    for word in args.set:
-        key, mark, value = word.partition("=")
-        if not mark:
-            raise ValueError(f"--set {word!r}: want KEY=VALUE")
-        settings[key] = _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
-    found = sweeps.run(
-        args.config, args.workdir, args.overrides, on=args.on, retry=args.retry, together=args.together, **settings
+    settings = {
+        key: _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
+        for key, value in _pairs("--set", args.set).items()
+    }
+    found = selection.run(
+        args.config,
+        args.workdir,
+        args.overrides,
+        extend=selection.ROUNDS if args.extend is None else args.extend,
+        on=args.on,
+        measures=_pairs("--measure", args.measure),
+        retry=args.retry,
+        together=args.together,
+        **settings,
     )
     for folder, status in found.items():
         why = f": {sweeps.error(folder)}" if status == "failed" else ""
         print(f"{status:9} {folder.name}{why}")
-    return int("failed" in found.values())
+    unread = {folder: names for folder in found if (names := sweeps.unread(folder))}
+    for folder, names in unread.items():
+        why = (
+            sweeps.error(folder, "unread.txt") if (folder / "unread.txt").exists() else "the engine has yet to read it"
+        )
+        print(f"unread    {folder.name}: {', '.join(names)}: {why}")
+    if sweeps.ENDED.issuperset(found.values()):
+        for c in selection.choices(args.workdir):
+            if c.edge in ("low", "high"):
+                print(f"{results.label(c.arm)}: learning rate {c.rate:g} is still at the edge", file=sys.stderr)
+    return int("failed" in found.values() or any((folder / "unread.txt").exists() for folder in unread))
+
+
+def _pairs(flag: str, words: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        key, mark, value = word.partition("=")
+        if not mark:
+            raise ValueError(f"{flag} {word!r}: want KEY=VALUE")
+        pairs[key] = value
+    return pairs
 
 
 def ls(args) -> None:
@@ -346,16 +390,15 @@ def evaluate(args) -> None:
         found = _examples(base, args.data, args.split, args.limit, args.length)
     else:
         raise ValueError("give --data or --task")
-    found = scores.nll(apply, params, packing.pack(found, args.length), at=base.rows)
+    found = scores.nll(apply, params, packing.pack(found, args.length), hits=bool(base.labels), at=base.rows)
     _say(json.dumps({k: v for k, v in found.items() if k != "per_row"}))
 
 
 def _examples(base, data, split, limit, length):
-    from peftax.data import chat, source
+    from peftax.train import setup
 
-    rows = source.load(data, split=split if not Path(data).exists() else "train")
-    rows = rows if limit is None else [rows[i] for i in range(min(limit, len(rows)))]
-    return chat.encode_all(rows, base.tokenizer, length=length, split=split)[0]
+    where = {"source": data, "source_split": split if not Path(data).exists() else "train"}
+    return setup.examples(base, split, length=length, policy="drop", task=None, limit=limit, **where)
 
 
 def generate(args) -> None:

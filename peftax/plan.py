@@ -22,7 +22,7 @@ from peftax.core import sites as core_sites
 from peftax.core import tree
 from peftax.machines import cost
 from peftax.machines.kinds import GIB
-from peftax.train import memory, programs, setup
+from peftax.train import memory, population, programs, setup
 from peftax.weights import outlines
 
 RESERVE = 3 * GIB // 2  # what libraries, the allocator's gaps and the runtime itself take
@@ -40,6 +40,7 @@ class Program:
     parts:    the compiler's figures, see machines.memory.
     flops:    of all devices together.
     traffic:  bytes between memory and cores.
+    packed:   of these, bytes of packed codes.
     messages: {kind of collective: bytes that reach the device}.
     bounds:   {what: seconds that it needs at its peak}: compute, memory, interconnect.
     compiled: seconds that the compiler took.
@@ -50,6 +51,7 @@ class Program:
     parts: dict[str, int]
     flops: int
     traffic: int
+    packed: int
     messages: dict[str, int]
     bounds: dict[str, float]
     compiled: float
@@ -61,7 +63,8 @@ class Plan:
 
     kinds:   {kind: bytes of one device during a step}; activations and temporaries share what the compiler says by
       the estimate that `peftax inspect` prints.
-    tokens:  of a step, over all devices.
+    members: runs that train in one program.
+    tokens:  of a step, over all devices and members.
     epoch:   of the dataset, where its tokens were given: {share of peak: {"hours", "device_hours", "cost"}}.
     """
 
@@ -78,6 +81,7 @@ class Plan:
     available: int
     fits: bool
     tokens: int
+    members: int = 1
     epoch: dict[str, dict[str, float]] | None = None
 
     @property
@@ -91,6 +95,7 @@ def plan(
     machine: machines.Machine,
     *,
     only: Sequence[str] = (),
+    members: int = 1,
     tokens: int | None = None,
     price: float | None = None,
 ) -> Plan:
@@ -98,6 +103,7 @@ def plan(
 
     Args:
       only: names of programs; by default all that the config has.
+      members: that train in one step, as `peftax sweep` lets them.
       tokens: of a dataset, padding counted, for the time of one epoch.
       price: of one device and hour.
 
@@ -105,19 +111,18 @@ def plan(
     """
     run = sketch(config, machine)
     made = programs.training(run, config)
-    optimizer = machines.shard_bytes(made.state.opt_state)
+    every = programs.every(run, config, made, only)
+    if members > 1 and "step" in every:
+        every["step"] = population.program(run.base, [config] * members)
     beside = {  # the optimizer waits for the next step; a merge takes copies of one layer at a time
-        "evaluate": optimizer,
+        "evaluate": members * machines.shard_bytes(made.state.opt_state),
         "merge": sum(machines.shard_bytes(programs.placed(x, run.base.places(x, run.method))) for x in run.part),
     }
-    found = {
-        name: _compiled(name, program, machine, beside.get(name, 0))
-        for name, program in programs.every(run, config, made, only).items()
-    }
+    found = {name: _compiled(name, program, machine, beside.get(name, 0)) for name, program in every.items()}
     peak = max((found[name].bytes for name in found if name in RUNNING), default=0)
     n = core_sites.count(run.method, run.base.params, run.base.sites)
     c, data = config["train"], config["data"]
-    per_step = c["batch_size"] * c["accumulate"] * (data["train_length"] or data["length"])
+    per_step = members * c["batch_size"] * c["accumulate"] * (data["train_length"] or data["length"])
     done = Plan(
         model=config["model"]["path"],
         method=run.method.name,
@@ -127,11 +132,12 @@ def plan(
         trainable=n["trainable"],
         total=n["total"],
         programs=found,
-        kinds=_kinds(run, config, found["step"], optimizer) if "step" in found else {},
+        kinds=_kinds(run, config, every["step"], found["step"].bytes, members) if "step" in found else {},
         peak=peak,
         available=machine.kind.memory,
         fits=peak + RESERVE <= machine.kind.memory,
         tokens=per_step,
+        members=members,
     )
     if tokens is None or not done.seconds:
         return done
@@ -180,20 +186,23 @@ def _compiled(name: str, program: programs.Program, machine: machines.Machine, b
         parts=parts,
         flops=operations,
         traffic=moved.memory,
+        packed=cost.traffic(compiled, kinds=("u8",)).memory,
         messages=moved.messages,
         bounds=bounds,
         compiled=seconds,
     )
 
 
-def _kinds(run: setup.Run, config: Mapping[str, Any], step: Program, optimizer: int) -> dict[str, int]:
+def _kinds(
+    run: setup.Run, config: Mapping[str, Any], step: programs.Program, bytes_: int, members: int
+) -> dict[str, int]:
     """Bytes by kind: what lies there as it lies, the rest of the compiler's figure by the estimate's shares."""
-    need, own = memory.estimate(run, config), tree.flatten(run.base.params)
-    frozen, trainable = (tree.flatten(programs.placed(half, run.base.places(half, run.method))) for half in run.part)
+    own, frozen = tree.flatten(run.base.params), tree.flatten(step.frozen)
     base = machines.shard_bytes([x for path, x in frozen.items() if path in own])
-    adapters = machines.shard_bytes([x for path, x in frozen.items() if path not in own] + list(trainable.values()))
-    rest = max(0, step.bytes - base - adapters - optimizer)
-    kept = min(rest, need.activations)
+    adapters = machines.shard_bytes([x for path, x in frozen.items() if path not in own] + [step.state.trainable])
+    optimizer = machines.shard_bytes(step.state.opt_state)
+    rest = max(0, bytes_ - base - adapters - optimizer)
+    kept = min(rest, members * memory.estimate(run, config).activations)
     return {
         "base": base,
         "adapters": adapters,
@@ -266,7 +275,7 @@ def show(done: Plan, console: Console) -> None:
     mesh = ", ".join(f"{axis} {n}" for axis, n in done.mesh.items() if n > 1) or "one device"
     console.print(
         f"{done.model}, {done.method}: {done.trainable:,} of {done.total:,} train; {done.machine} ({mesh}); "
-        f"{done.tokens:,} tokens a step"
+        f"{done.tokens:,} tokens a step" + (f" of {done.members} members" if done.members > 1 else "")
     )
     table = Table(title="bytes on one device", title_justify="left")
     table.add_column("during a step")

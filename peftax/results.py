@@ -20,15 +20,16 @@ from scipy import stats
 
 from peftax import recipe, sweep
 
-RATE = "optimizer.learning_rate"
+RATE = sweep.RATE
 SEED = "seed"
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
     """A row for each run in these folders, of a sweep for each member: name, status, swept keys, results.
 
-    Keys are as in the config ("method.rank"); "seed" is what a sweep calls a run's seeds. What a run does not have is
-    missing (NaN).
+    Keys are as in the config ("method.rank"); "seed" is what a sweep calls a run's seeds; "test" is there where it was
+    read; "metrics.NAME" is what else was measured, "metrics.NAME before" of the untouched base. What a run does not
+    have is missing (NaN).
 
     Raises FileNotFoundError where a folder holds no run.
     """
@@ -59,9 +60,15 @@ def _row(run: Path) -> dict[str, Any]:
     if (file := run / "result.json").exists():
         result = json.loads(file.read_text())
         row |= {k: v for k, v in result.items() if not isinstance(v, list | dict)}
-        row |= {f"metrics.{k}": v for k, v in result.get("metrics", {}).items()}
         if result.get("best"):
             row["best_step"], row["valid"] = result["best"]
+    if (file := run / "test.json").exists():
+        test = json.loads(file.read_text())
+        row |= {"test": test["nll"]} | ({"test_accuracy": test["accuracy"]} if "accuracy" in test else {})
+    if (file := run / "metrics.json").exists():
+        before = json.loads(sweep.base_file(run).read_text())
+        for name, value in json.loads(file.read_text()).items():
+            row |= {f"metrics.{name}": value, f"metrics.{name} before": before.get(name, math.nan)}
     return row
 
 
@@ -92,8 +99,10 @@ class Choice:
     rate:   the learning rate whose mean over seeds is best on valid.
     valid:  that mean; `seeds` are the single values.
     rates:  the arm's grid, rising, with the mean of each (inf where a member failed or ended with no number).
-    edge:   "low" | "high" where the choice is at the grid's end, "" inside, "only" where there is one.
+    edge:   "low" | "high" where the choice is at the grid's end, "" inside, "only" where there is one rate (NaN where
+            it is not swept), "none" where no member ever had a number.
     trials: members of the arm.
+    read:   of the arm's rates, for how many test has been read.
     """
 
     arm: dict[str, Any]
@@ -104,38 +113,52 @@ class Choice:
     edge: str
     trials: int
     members: list[str]
+    read: int = 0
+
+
+def label(arm: dict[str, Any]) -> str:
+    """ "lora, rank 8"."""
+    words = [str(arm["method.name"])] if "method.name" in arm else []
+    words += [f"{k.rpartition('.')[2]} {_short(v)}" for k, v in arm.items() if k != "method.name" and not pd.isna(v)]
+    return ", ".join(words) or "all"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def choose(table: pd.DataFrame, *, over: str = RATE, metric: str = "valid") -> list[Choice]:
     """For every arm the value of `over` whose mean of `metric` (the lower the better) over seeds is best.
 
-    Raises ValueError where a table has no such column, or an arm is not finished: a choice among some is none.
+    Raises ValueError where a table has no such metric, or an arm is not finished: a choice among some is none.
     """
-    for column in (over, metric):
-        if column not in table:
-            raise ValueError(f"results: there is no column {column!r}; there are {', '.join(map(str, table.columns))}")
-    if not (open_ := table[~table.status.isin(["finished", "failed"])]).empty:
+    if metric not in table:
+        raise ValueError(f"results: there is no column {metric!r}; there are {', '.join(map(str, table.columns))}")
+    if not (open_ := table[~table.status.isin(sweep.ENDED)]).empty:
         raise ValueError(f"results: {len(open_)} members are not finished, {open_.name.iloc[0]!r} first")
     keys = [k for k in swept(table) if k not in (over, SEED)]
     found = []
     for values, rows in table.groupby(keys, dropna=False, sort=False) if keys else [((), table)]:
         arm = {k: v for k, v in zip(keys, values, strict=True) if not (isinstance(v, float) and math.isnan(v))}
         scores = rows[metric].where(rows.status == "finished").fillna(math.inf)
-        means = scores.groupby(rows[over]).mean().sort_index()
-        rate = means.idxmin()
-        chosen = rows[rows[over] == rate]
-        at = list(means.index).index(rate)
-        edge = "only" if len(means) == 1 else "low" if at == 0 else "high" if at == len(means) - 1 else ""
+        at = rows[over] if over in rows else pd.Series(math.nan, rows.index)
+        means = scores.groupby(at, dropna=False).mean().sort_index()
+        best = int(np.argmin(means.to_numpy()))
+        rate = means.index[best]
+        chosen = rows[at.isna() if pd.isna(rate) else at == rate]
+        edge = "low" if best == 0 else "high" if best == len(means) - 1 else ""
+        edge = "none" if rows[metric].isna().all() else "only" if len(means) == 1 else edge
         found.append(
             Choice(
                 arm=arm,
                 rate=float(rate),
-                valid=float(means.loc[rate]),
+                valid=float(means.iloc[best]),
                 seeds=[float(v) for v in scores[chosen.index]],
                 rates={float(k): float(v) for k, v in means.items()},
                 edge=edge,
                 trials=len(rows),
                 members=list(chosen.name),
+                read=at[rows.test.notna()].nunique(dropna=False) if "test" in rows else 0,
             )
         )
     return found

@@ -10,11 +10,13 @@ A recipe says what it sweeps beside its config:
 Each `add` is a member: overrides of the config, left to right, so that `method.name` installs a method's defaults and
 later keys change them. "seed" stands for all seeds of a run. A sweep's folder holds
 
-  sweep.json            the recipe, and every member's overrides
-  MEMBER/member.json    its own
+  sweep.json            the recipe, its members, and the rounds of learning rates that were added to them
+  MEMBER/member.json    its overrides
   MEMBER/environment.json   versions, git revision, host
   MEMBER/...            what a run writes (config.json, metrics.jsonl, adapter/, checkpoints/)
   MEMBER/result.json    once it is finished; error.txt where it failed
+  MEMBER/test.json      read once, where it was chosen; metrics.json: other data that was asked for
+  bases/                what the untouched bases come to on that
 """
 
 from __future__ import annotations
@@ -33,23 +35,32 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from peftax import recipe
 from peftax.core import tree
+from peftax.weights.source import read_json, write_json
 
 Pairs = Sequence[tuple[str, str]]
+RATE = "optimizer.learning_rate"
 SEEDS = ("data.seed", "train.init_seed", "train.dropout_seed")
 ENGINES = ("local", "slurm", "ray", "kubernetes")
 PACKAGES = ("peftax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "transformers", "datasets")
 LONG = 120  # of a folder's name
+ENDED = frozenset({"finished", "failed"})
 
 
-def members(name_or_path: str, overrides: Pairs = ()) -> dict[str, list[tuple[str, str]]]:
+def members(
+    name_or_path: str, overrides: Pairs = (), rounds: Sequence[Sequence[Mapping[str, Any]]] = ()
+) -> dict[str, list[tuple[str, str]]]:
     """{name: overrides} of a recipe's sweep; `overrides` come before each member's own.
+
+    Args:
+      rounds: of learning rates beside the recipe's, [{"arm": see `arm`, "rate": a number}, ...] each; a rate is tried
+        with all seeds of its arm.
 
     Raises ValueError where the recipe sweeps nothing, or says the same member twice.
     """
@@ -67,7 +78,16 @@ def members(name_or_path: str, overrides: Pairs = ()) -> dict[str, list[tuple[st
         if name in found:
             raise ValueError(f"recipe {name_or_path}: its sweep adds {name} twice")
         found[name] = [*overrides, *pairs(values)]
+    for more in (more for each in rounds for more in each):
+        for values in (values for values in added if arm(pairs(values)) == more["arm"]):
+            values = {**values, RATE: more["rate"]}
+            found.setdefault(member_name(values, short), [*overrides, *pairs(values)])
     return found
+
+
+def arm(own: Pairs) -> list[list[str]]:
+    """All that a member sweeps but its learning rate and its seeds."""
+    return [list(pair) for pair in own if pair[0] not in (RATE, *SEEDS)]
 
 
 def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -98,14 +118,37 @@ def _short_names(keys: set[str]) -> dict[str, str]:
     return {key: word if list(last.values()).count(word) == 1 else key for key, word in last.items()}
 
 
+def said(workdir: str | Path) -> dict[str, Any]:
+    """What a sweep's folder says of it: sweep.json, or what it would begin with."""
+    file = Path(workdir) / "sweep.json"
+    return {"rounds": [], "test": [], "measures": {}, **(read_json(file) if file.exists() else {})}
+
+
+def say(workdir: str | Path, **more: Any) -> None:
+    """Put more into sweep.json."""
+    write_json(Path(workdir) / "sweep.json", {**said(workdir), **more})
+
+
+def add_round(workdir: str | Path, rates: Mapping[str, float]) -> None:
+    """One more learning rate for arms, each named by one of its members: {member: rate}. `lay_out` makes the members.
+
+    Written before any folder is made, so that a round is there whole or not at all.
+    """
+    now, round_ = said(workdir), []
+    for name, rate in rates.items():
+        own = read_json(Path(workdir) / name / "member.json")["overrides"][len(now["overrides"]) :]
+        round_.append({"arm": arm(own), "rate": rate})
+    say(workdir, rounds=[*now["rounds"], round_])
+
+
 def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> list[Path]:
-    """The members' folders, made where they are not there; a member that is there keeps what it is.
+    """The members' folders, of added rates too, made where they are not there; one that is there keeps what it is.
 
     Raises:
       ValueError: a member cannot be (a key that does not exist, a wrong value), or a folder of its name holds another.
     """
     workdir = Path(workdir)
-    found = members(name_or_path, overrides)
+    found = members(name_or_path, overrides, said(workdir)["rounds"])
     path = Path(name_or_path)
     where = str(path.resolve()) if path.suffix == ".py" else name_or_path
     for name, own in found.items():
@@ -116,16 +159,16 @@ def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> li
             raise ValueError(f"{name}: {text}") from error
     folders = []
     for name, own in found.items():
-        folder, said = workdir / name, {"recipe": where, "overrides": [list(p) for p in own]}
+        folder, mine = workdir / name, {"recipe": where, "overrides": [list(p) for p in own]}
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "member.json"
-        if file.exists() and (old := json.loads(file.read_text()))["overrides"] != said["overrides"]:
+        if file.exists() and (old := read_json(file))["overrides"] != mine["overrides"]:
             raise ValueError(
                 f"{folder} holds a member with other overrides, {old['overrides']}; choose a new --workdir"
             )
-        _write(file, said)
+        write_json(file, mine)
         folders.append(folder)
-    _write(workdir / "sweep.json", {"recipe": where, "overrides": [list(p) for p in overrides], "members": list(found)})
+    say(workdir, recipe=where, overrides=[list(p) for p in overrides], members=list(found))
     return folders
 
 
@@ -139,7 +182,8 @@ def run(
     together: int = 8,
     **how: Any,
 ) -> dict[Path, str]:
-    """Lay a sweep out and let an engine run the members that are not finished; failed ones only with `retry`.
+    """Lay a sweep out and let an engine run the members that are not finished; failed ones only with `retry`. Of those
+    that are finished it reads what is asked.
 
     Args:
       on: one of ENGINES; `how` are its settings, see peftax/engines.
@@ -150,16 +194,16 @@ def run(
     """
     if on not in ENGINES:
         raise ValueError(f"engine {on!r} is none of {', '.join(ENGINES)}")
-    known = inspect.signature(importlib.import_module(f"peftax.engines.{on}").submit).parameters
+    submit = importlib.import_module(f"peftax.engines.{on}").submit
+    known = inspect.signature(submit).parameters
     if wrong := [k for k in how if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]:
         raise ValueError(f"engine {on} has no setting {wrong[0]!r}; the nearest: {tree.nearest(wrong[0], known)}")
     folders = lay_out(name_or_path, workdir, overrides)
     wanted = [f for f in folders if status(f) in ("waiting", "stopped") or (retry and status(f) == "failed")]
     for folder in wanted:
         (folder / "error.txt").unlink(missing_ok=True)
-    if wanted:
-        submit = importlib.import_module(f"peftax.engines.{on}").submit
-        groups = populations(wanted, together)
+    groups = populations(wanted, together) + _grouped([f for f in folders if unread(f)], _source, together)
+    if groups:
         submit({group[0]: command(*group) for group in groups}, Path(workdir), **how)
     return {folder: status(folder) for folder in folders}
 
@@ -168,21 +212,31 @@ def populations(folders: Sequence[Path], most: int) -> list[list[Path]]:
     """Members that may train in one program, side by side; those that cannot, or have begun by themselves, alone."""
     from peftax.train import population
 
+    def kind(folder: Path) -> str | None:
+        begun = folder / "environment.json"
+        if most < 2 or (begun.exists() and "population" not in read_json(begun)):
+            return None
+        config = config_of(folder)
+        if population.together([config, config]) is not None:
+            return None
+        fixed = {k: v for k, v in recipe.flat(config).items() if k not in population.FREE}
+        return json.dumps(fixed, sort_keys=True)
+
+    return _grouped(folders, kind, most)
+
+
+def _grouped(folders: Sequence[Path], kind: Callable[[Path], str | None], most: int) -> list[list[Path]]:
+    """Folders of one kind together, `most` at most; of no kind, alone."""
     groups: dict[str, list[Path]] = {}
     for folder in folders:
-        key, begun = str(folder), folder / "environment.json"
-        if most > 1 and not (begun.exists() and "population" not in json.loads(begun.read_text())):
-            config = _config(folder)
-            if population.together([config, config]) is None:
-                fixed = {k: v for k, v in recipe.flat(config).items() if k not in population.FREE}
-                key = json.dumps(fixed, sort_keys=True)
-        groups.setdefault(key, []).append(folder)
+        groups.setdefault(kind(folder) or str(folder), []).append(folder)
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), max(1, most))]
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    said = json.loads((folder / "member.json").read_text())
-    return recipe.load(said["recipe"], [tuple(p) for p in said["overrides"]]).to_dict()
+def config_of(folder: Path) -> dict[str, Any]:
+    """A member's config, as its recipe says it now."""
+    mine = read_json(folder / "member.json")
+    return recipe.load(mine["recipe"], [tuple(p) for p in mine["overrides"]]).to_dict()
 
 
 def status(folder: Path) -> str:
@@ -206,8 +260,8 @@ def run_member(folder: str | Path) -> dict[str, Any] | None:
     folder = Path(folder)
     with _held(folder / ".lock"):
         try:
-            config = _config(folder)
-            _write(folder / "environment.json", environment())
+            config = config_of(folder)
+            write_json(folder / "environment.json", environment())
             done = loop.train(config, folder)
         except Exception:
             (folder / "error.txt").write_text(traceback.format_exc())
@@ -224,10 +278,10 @@ def run_together(folders: Sequence[str | Path]) -> None:
     with ExitStack() as locks:
         for folder in folders:
             locks.enter_context(_held(folder / ".lock"))
-            _write(folder / "environment.json", {**environment(), "population": names})
+            write_json(folder / "environment.json", {**environment(), "population": names})
         workdir = folders[0].parent / "populations" / f"{zlib.crc32(','.join(names).encode()):08x}"
         try:
-            found = population.train([_config(f) for f in folders], folders, workdir)
+            found = population.train([config_of(f) for f in folders], folders, workdir)
         except Exception:
             for folder in folders:
                 (folder / "error.txt").write_text(traceback.format_exc())
@@ -235,6 +289,71 @@ def run_together(folders: Sequence[str | Path]) -> None:
         for folder, done in zip(folders, found, strict=True):
             if done is not None:
                 _finish(folder, {**done, "population": len(folders)})
+
+
+def unread(folder: Path) -> list[str]:
+    """What sweep.json asks of a finished member and nobody has read yet: "test", names of measures."""
+    if status(folder) != "finished":
+        return []
+    asked, file = said(folder.parent), folder / "metrics.json"
+    there = read_json(file) if file.exists() else {}
+    test = folder.name in asked["test"] and not (folder / "test.json").exists()
+    return ["test"] * test + [name for name in asked["measures"] if name not in there]
+
+
+def read(*folders: str | Path) -> None:
+    """Read what is asked of finished members, from base and adapter. What cannot be read says why in unread.txt."""
+    from peftax.train import readings
+
+    kind, reader = None, None
+    for folder in map(Path, folders):
+        with _held(folder / ".lock"):
+            try:
+                for name in unread(folder):
+                    if kind != _source(folder):
+                        kind, reader = _source(folder), readings.Reader(config_of(folder))
+                    _read(folder, name, reader)
+            except Exception:
+                (folder / "unread.txt").write_text(traceback.format_exc())
+            else:
+                (folder / "unread.txt").unlink(missing_ok=True)
+
+
+def _read(folder: Path, name: str, reader: Any) -> None:
+    if name == "test":
+        write_json(folder / "test.json", {**reader.test(folder / "adapter"), "data": test_of(config_of(folder))})
+        return
+    source, base = said(folder.parent)["measures"][name], base_file(folder)
+    base.parent.mkdir(exist_ok=True)
+    with _held(base.with_suffix(".lock"), wait=True):  # the first reads, the others find it
+        _measure(base, name, lambda: reader.measure(source))
+    _measure(folder / "metrics.json", name, lambda: reader.measure(source, folder / "adapter"))
+
+
+def _measure(file: Path, name: str, read: Callable[[], Mapping[str, float]]) -> None:
+    there = read_json(file) if file.exists() else {}
+    if name not in there:
+        write_json(file, {**there, name: read()["nll"]})
+
+
+def test_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config calls its test."""
+    keys = ("task", "test", "test_split", "test_limit", "name")
+    return {key: config["data"][key] for key in keys}
+
+
+def _source(folder: Path) -> str:
+    """All of a member's config that its readings see, but its adapter."""
+    config = config_of(folder)
+    seen = {k: v for k, v in config["data"].items() if k != "seed" and not k.startswith(("train", "valid"))}
+    return json.dumps([config["model"], config["mesh"], seen], sort_keys=True)
+
+
+def base_file(folder: Path) -> Path:
+    """Where the readings of a finished member's untouched base lie: one for all that differ in nothing of it."""
+    config = read_json(folder / "config.json")
+    seen = json.dumps([config["model"], config["data"]["length"], config["data"]["chat_template"]], sort_keys=True)
+    return folder.parent / "bases" / f"{zlib.crc32(seen.encode()):08x}.json"
 
 
 def _finish(folder: Path, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,7 +366,7 @@ def _finish(folder: Path, done: Mapping[str, Any]) -> dict[str, Any]:
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "adapter_bytes": sum(f.stat().st_size for f in (folder / "adapter").rglob("*.safetensors")),
     }
-    _write(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     return result
 
 
@@ -280,23 +399,17 @@ def command(*folders: Path) -> list[str]:
     return [sys.executable, "-m", "peftax.sweep", *(str(folder.resolve()) for folder in folders)]
 
 
-def error(folder: Path) -> str:
-    """The last line of what a failed member said."""
-    return (folder / "error.txt").read_text().strip().splitlines()[-1]
-
-
-def _write(file: Path, value: Any) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, file)
+def error(folder: Path, file: str = "error.txt") -> str:
+    """The last line of what a failed member said, or of why one could not be read."""
+    return (folder / file).read_text().strip().splitlines()[-1]
 
 
 @contextmanager
-def _held(file: Path) -> Iterator[None]:
-    """The lock of a member's folder; raises where another process trains it."""
+def _held(file: Path, wait: bool = False) -> Iterator[None]:
+    """The lock of a member's folder; raises where another process trains it, or waits for that."""
     with file.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RuntimeError(f"{file.parent}: another process trains this member") from None
         yield
@@ -314,13 +427,17 @@ def _is_held(file: Path) -> bool:
 
 
 def main(*folders: str) -> None:
-    """`python -m peftax.sweep FOLDER...`; of a list of groups (kubernetes) the one of this pod's index."""
+    """`python -m peftax.sweep FOLDER...` trains members, and reads finished ones; of a list of groups (kubernetes) the
+    one of this pod's index.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     paths = [Path(f) for f in folders]
     if paths[0].suffix == ".json":
         group = json.loads(paths[0].read_text())[int(os.environ["JOB_COMPLETION_INDEX"])]
         paths = [paths[0].parent / name for name in group]
-    if len(paths) == 1:
+    if all(status(path) == "finished" for path in paths):
+        read(*paths)
+    elif len(paths) == 1:
         run_member(paths[0])
     else:
         run_together(paths)

@@ -22,12 +22,13 @@ FLOORS = {
     "catalog": 4,
     "combination": 4,
     "mixed_batch": 4,
+    "recipe": 4,
     "plan": 6,
     "sweep": 6,
     "engines": 5,
     "results": 7,
     "report": 8,
-    "recipe": 5,
+    "selection": 8,
     "cli": 9,
     "": 10,  # peftax/__init__.py, which re-exports
 }

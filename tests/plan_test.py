@@ -53,11 +53,25 @@ def test_a_plan_adds_up(model):
 
 def test_seconds_and_cost_at_peaks():
     machine = machines.named("a100-80gb:2")
-    step = plan.Program("step", 0, {}, flops=6 * 10**15, traffic=0, messages={}, bounds={"compute": 9.6}, compiled=0)
+    step = plan.Program(
+        "step", 0, {}, flops=6 * 10**15, traffic=0, packed=0, messages={}, bounds={"compute": 9.6}, compiled=0
+    )
     done = plan.Plan("", "", machine.name, 2, {}, 1, 1, {"step": step}, {}, 0, 1, True, tokens=1000)
     found = plan.epoch(done, machine, 10**6, price=1.5)
     hours = 6 * 10**18 / (2 * 3.12e14 * 0.5) / 3600
     assert found["50%"] == {"hours": hours, "device_hours": 2 * hours, "cost": 3 * hours}
+
+
+def test_members_share_the_base(model):
+    """Adapters and their optimizers are there for each; the base is there, and its packed codes are read, once."""
+    config = config_of(model, ("model.quantize", '(("_proj/kernel$", {"fmt": "nf4", "group": 64}),)'))
+    config["train"]["batch_size"] = 1
+    one, four = (plan.plan(config, machines.named("cpu:1"), only=("step",), members=n) for n in (1, 4))
+    assert four.kinds["base"] == one.kinds["base"]
+    assert four.kinds["adapters"] == 4 * one.kinds["adapters"] >= 16 * one.trainable
+    assert four.tokens == 4 * one.tokens
+    assert abs(four.programs["step"].flops - 4 * one.programs["step"].flops) < 0.01 * four.programs["step"].flops
+    assert one.programs["step"].packed <= four.programs["step"].packed < 1.2 * one.programs["step"].packed
 
 
 def test_another_programs_operations(model):

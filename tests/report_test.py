@@ -11,6 +11,8 @@ import pytest
 
 from peftax import cli, report, sweep
 
+CONFIG = {"model": {"path": "base"}, "data": {"length": 64, "chat_template": None}}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -40,8 +42,14 @@ def folder(tmp_path_factory):
                     lines.append({"step": 20, "loss": end})
                     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
                     result = {"step": 20, "valid": end, "best": [20, end], "seconds": 9.5, "peak_bytes": 2**30}
-                    result |= {"trainable": rank * 1000, "metrics": {"general": 3 + rate}}
-                    (run / "result.json").write_text(json.dumps(result))
+                    (run / "result.json").write_text(json.dumps({**result, "trainable": rank * 1000}))
+                    (run / "config.json").write_text(json.dumps(CONFIG))
+                    (run / "metrics.json").write_text(json.dumps({"general": 3 + rate}))
+                    if rate == 1e-3 or (rate == 1e-4 and method == "dora" and rank == 4):  # once chosen, no longer
+                        (run / "test.json").write_text(json.dumps({"nll": end + 0.1}))
+                    base = sweep.base_file(run)
+    base.parent.mkdir()
+    base.write_text(json.dumps({"general": 2.5}))
     return into
 
 
@@ -61,6 +69,11 @@ def test_the_report(folder, capsys):
         *[("lora", "16", "0.001", "inside"), ("lora", "4", "0.001", "inside")],
     ]
     assert float(chosen[0]["valid"]) == pytest.approx(2 - 0.05 - 0.016 + 0.005) and chosen[0]["trials"] == "6"
+    assert float(chosen[0]["test"]) == pytest.approx(float(chosen[0]["valid"]) + 0.1)
+    assert [r["rates read"] for r in chosen] == ["1", "2", "1", "1"]
+    forgot = list(csv.DictReader((into / "forgetting.csv").open()))
+    assert {(r["data"], r["score"]) for r in forgot} == {("general", "test")}
+    assert all(float(r["change"]) == pytest.approx(3.001 - 2.5) for r in forgot)
     assert len(list(csv.DictReader((into / "members.csv").open()))) == 24
     text = (into / "report.md").read_text()
     assert "20 finished, 4 failed of 24." in text and "FloatingPointError: step 3" in text
@@ -103,6 +116,7 @@ def test_one_rate_and_one_method_have_fewer_figures(folder, tmp_path):
     one = tmp_path / "one"
     for run in folder.glob("name=lora,rank=4,rate=0.001,*"):
         shutil.copytree(run, one / run.name)
+    shutil.copytree(folder / "bases", one / "bases")
     report.write(one)
     assert {f.stem for f in (one / "report").glob("*.png")} == {"curves", "forgetting", "costs"}
     assert "only one" in (one / "report" / "report.md").read_text()

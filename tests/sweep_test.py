@@ -124,11 +124,12 @@ def test_a_sweep_from_its_command(here, tmp_path, one_device, capsys, monkeypatc
 
     began = []
     monkeypatch.setattr("peftax.engines.local._start", lambda c, folder, cores: began.append(folder) or _Here(folder))
-    assert cli.main(["sweep", f"--config={file}", f"--workdir={workdir}", "--together=1"]) == 1
+    assert cli.main(["sweep", f"--config={file}", f"--workdir={workdir}", "--together=1", "--extend=0"]) == 1
     told = capsys.readouterr().out
     assert began == [folders[1]] and "failed    name=lora,rank=2,learning_rate=0.1,seed=0: FileNotFoundError" in told
     broken.write_text(json.dumps(said))
-    assert cli.main(["sweep", f"--config={file}", f"--workdir={workdir}", "--retry", "--set", "jobs=2"]) == 0
+    retry = ["--retry", "--set", "jobs=2", "--extend=0"]
+    assert cli.main(["sweep", f"--config={file}", f"--workdir={workdir}", *retry]) == 0
     assert began == [folders[1], folders[2]]
 
     table = results.load(workdir)

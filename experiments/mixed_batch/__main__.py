@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.mixed_batch.cases import BATCH, CASES, ONE, RANKS, TARGETS
-from experiments.speed.__main__ import machine
+from experiments.speed.__main__ import ask, machine
 
 OURS = "peftax"
 SIDES = {OURS: "experiments.mixed_batch.peftax_side", "HF PEFT": "experiments.mixed_batch.hf_peft_side"}
@@ -68,15 +68,15 @@ def race(
             sides[name] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
             )
-            _ask(name, sides[name], {"do": "load"})
+            ask(name, sides[name], {"do": "load"})
         for tokens, n in rounds.items():
             mine = {name: {"seconds": {case: [] for case in CASES}} for name in sides}
             for name, side in sides.items():  # compiles, and compares
-                mine[name] |= _ask(name, side, {"do": "check", "tokens": tokens})
+                mine[name] |= ask(name, side, {"do": "check", "tokens": tokens})
             for number in range(n):
                 order = [(name, case) for name in sides for case in CASES]
                 for name, case in order if number % 2 == 0 else order[::-1]:
-                    said = _ask(name, sides[name], {"do": "run", "tokens": tokens, "case": case})
+                    said = ask(name, sides[name], {"do": "run", "tokens": tokens, "case": case})
                     mine[name]["seconds"][case].append(said["seconds"])
             yield tokens, mine
             print(f"{inputs.name}, {tokens} tokens a row: done", file=sys.stderr)
@@ -84,15 +84,6 @@ def race(
         for process in sides.values():
             process.stdin.close()  # ends its loop
             process.wait(timeout=60)
-
-
-def _ask(name: str, process: subprocess.Popen, order: Mapping[str, Any]) -> dict[str, Any]:
-    process.stdin.write(json.dumps(order) + "\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"{name} ended with {process.wait()} at {order}: its log lies in the workdir")
-    return json.loads(line)
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], case: str, over: str) -> float:

@@ -93,19 +93,19 @@ def race(
                 sides[name] = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
                 )
-            load = _ask(name, sides[name], {"do": "load"})
+            load = ask(name, sides[name], {"do": "load"})
             figures[name] = {"load": load["seconds"], "seconds": [], "losses": []}
         for number in range(steps):
             names = list(sides) if number % 2 == 0 else list(reversed(sides))
             for name in names:
-                said = _ask(name, sides[name], {"do": "step", "number": number})
+                said = ask(name, sides[name], {"do": "step", "number": number})
                 figures[name]["seconds"].append(said["seconds"])
                 figures[name]["losses"].append(said["loss"])
                 time.sleep(0.05)  # idle worker threads of the one before stop spinning
             told = "  ".join(f"{n} {figures[n]['seconds'][-1]:.2f}s" for n in sides)
             print(f"{dtype} step {number}: {told}", file=sys.stderr)
         for name, process in sides.items():
-            figures[name]["memory"] = _ask(name, process, {"do": "stop"})
+            figures[name]["memory"] = ask(name, process, {"do": "stop"})
     finally:
         for process in sides.values():
             process.stdin.close()  # ends its loop
@@ -116,7 +116,8 @@ def race(
     return figures
 
 
-def _ask(name: str, process: subprocess.Popen, order: Mapping[str, Any]) -> dict[str, Any]:
+def ask(name: str, process: subprocess.Popen, order: Mapping[str, Any]) -> dict[str, Any]:
+    """What a contender answers; RuntimeError where it ended instead."""
     process.stdin.write(json.dumps(order) + "\n")
     process.stdin.flush()
     line = process.stdout.readline()

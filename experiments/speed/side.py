@@ -1,6 +1,6 @@
 """How a contender talks: one line of JSON in, one out, so that only one of them computes at a time.
 
-in:   {"do": "load"}   {"do": "step", "number": 3}   {"do": "stop"}
+in:   {"do": "load"}   {"do": "step", "number": 3}   {"do": NAME, ...}: what its step has besides   {"do": "stop"}
 out:  {"seconds": ..., "loss": ...} and, at the stop, what memory it took
 """
 
@@ -54,18 +54,21 @@ def serve(
     whole = 0
     for line in sys.stdin:
         order = json.loads(line)
+        do = order.pop("do")
         began = time.perf_counter()
         answer: dict[str, Any] = {}
-        if order["do"] == "load":
+        if do == "load":
             step = load(args, told)
-        elif order["do"] == "step":
+        elif do == "step":
             answer["loss"] = step(batches[order["number"] % len(batches)])
             steps += 1
+        elif do != "stop":
+            answer["said"] = getattr(step, do)(**order)
         answer["seconds"] = time.perf_counter() - began
-        if steps == WARM and order["do"] == "step":
+        if steps == WARM and do == "step":
             whole = _memory("VmHWM")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        if order["do"] == "stop":
+        if do == "stop":
             peak = _memory("VmHWM")
             answer |= {
                 "before": before,
@@ -74,7 +77,7 @@ def serve(
                 "after": _memory("VmRSS") - before,
             }
         out.write(json.dumps(answer) + "\n")
-        if order["do"] == "stop":
+        if do == "stop":
             return
 
 

@@ -32,8 +32,12 @@ def by_layer(
       ValueError: what `method.fold` raises, before anything is made.
     """
 
+    fold = method.fold
+    if fold is None:
+        raise ValueError(f"{method.name} is no change of weights; there is nothing to fold")
+
     def whole(params):
-        folded = method.fold(params, sites)
+        folded = fold(params, sites)
         return quantization.pack_like(folded, params) if pack else folded
 
     shapes = jax.eval_shape(whole, tree.abstract(params))
@@ -45,10 +49,13 @@ def by_layer(
         if (acting := _acting(method, own)) is not None:
             was = x
             cut = {p: _of_layer(x, layer) for p, x in own.items()} | _common(method, flat)
+            assert acting.fold is not None  # a part of what folds
             x = tree.flatten(acting.fold(tree.unflatten(cut), _sites_of_layer(groups[path], layer)))[path]
         x, was = (v if layer is None else jax.tree.map(lambda x: x[0], v) for v in (x, was))
-        packed = tree.is_packed(wanted[path]) and not tree.is_packed(x)
-        return quantization.like(x, was) if packed else x
+        if tree.is_packed(wanted[path]) and not tree.is_packed(x):
+            assert x is not None and was is not None
+            return quantization.like(x, was)
+        return x
 
     return shapes, read
 
@@ -66,7 +73,7 @@ def largest(
     members = groups[max(found, key=lambda site: math.prod(site.shape)).kernel]
     own = _leaves(flat, members)
     acting, layer = _acting(method, own), 0 if members[0].scanned else None
-    assert acting is not None
+    assert acting is not None and acting.fold is not None
     fold = functools.partial(acting.fold, sites=_sites_of_layer(members, layer))
 
     def of_layer(x: Any) -> Any:

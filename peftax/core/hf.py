@@ -15,6 +15,7 @@ from peftax.core.targets import by_pattern
 Layers = dict[str, dict[str, np.ndarray]]
 
 
+BARE = "base_model."  # the root of a base that PEFT leaves as it is
 BY_NAME = "by name"  # in place of target_modules: the whole names of all targets
 
 
@@ -48,6 +49,8 @@ class Format:
     straight:  2-D leaves that are not.
     read:      adapter_config.json -> the method's keyword arguments; raises Unsupported.
     write:     keyword arguments -> fields of adapter_config.json.
+    root:      what stands before a module's name where the base's leaves train beside; shorter of virtual tokens, since
+               PEFT puts no model of its own around the base then.
     inside:    what stands between a module's name and its leaf's where the base's leaves are the method's own.
     matches:   does this config belong here? Types that several files share are told apart by it.
     shared:    leaf that all sites share -> its tensor's whole name.
@@ -71,6 +74,7 @@ class Format:
     write: Callable[[Mapping[str, Any]], dict[str, Any]]
     keys: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     straight: Sequence[str] = ()
+    root: str = "base_model.model."
     inside: str = ""
     matches: Callable[[Mapping[str, Any]], bool] = lambda config: True
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)

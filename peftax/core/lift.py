@@ -274,6 +274,7 @@ def select(
     def init(key, params, sites) -> Partition:
         del key
         holders = {n.rpartition(".")[0] for path in tree.flatten(params) for n in sites.names(path)}
+        holders |= {n for site in sites.values() for n in site.names}  # whose leaves another part may have
         for m in modules:
             if not any(holder.endswith(m) for holder in holders):
                 near = tree.nearest(m, holders)
@@ -331,6 +332,16 @@ def with_base(
 
     trained = select("modules_to_save", chosen, required=False, modules=targets.whole)
     return chain(adapted, *beside, trained, name=adapted.name, config=config)
+
+
+def with_modules(method: Method, modules: Sequence[str]) -> Method:
+    """Any method, and beside it modules of the base (ends of their names) that train whole, as far as they do not."""
+
+    def chosen(name: str) -> bool:
+        return name.rpartition(".")[0].endswith(tuple(modules)) and not (method.chosen and method.chosen(name))
+
+    trained = select("modules_to_save", chosen, required=False, modules=modules)
+    return chain(method, trained, name=method.name, config={**method.config, "modules_to_save": tuple(modules)})
 
 
 # --- one place ------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-OUTPUT_HEADS = ("lm_head", "score", "classifier")
+CLASSIFIERS = ("score", "classifier")  # heads of labels
+OUTPUT_HEADS = ("lm_head", *CLASSIFIERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ template (or the completion's own text) holds.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Example:
     `groups` [n] int32, where given, sorts those tokens for reports: 1 inside the spans that
     `encode` was given, 0 outside.
     `task`, where given, is its row's "task_id".
+    `label`, where given, is what all tokens together are to be told: the target at the last one, in place of the next.
     """
 
     tokens: np.ndarray
@@ -31,6 +32,7 @@ class Example:
     groups: np.ndarray | None = None
     row: int = -1
     task: int | None = None
+    label: int | None = None
 
 
 @dataclasses.dataclass
@@ -106,12 +108,13 @@ def encode_all(
     length: int,
     policy: str = "drop",
     split: str = "train",
+    encode: Callable[[Mapping[str, Any], Any], Example] = encode,
 ) -> tuple[list[Example], dict[str, Any]]:
     """Encode every row under a length policy.
 
     `drop` long rows, `truncate` them on the right, or raise an `error`. Returns the examples and
     their counts: split, rows, kept, dropped, truncated, tokens, learned. A row whose answer a cut
-    would remove altogether is dropped.
+    would remove altogether is dropped. `encode` makes an example of a row and the tokenizer.
     """
     if policy not in ("drop", "truncate", "error"):
         raise ValueError(f"length policy {policy!r} is none of: drop, truncate, error")
@@ -148,7 +151,12 @@ def encode_all(
 
 
 def truncate(example: Example, length: int) -> Example | None:
-    """The first `length` tokens; None where none of them is to be learned."""
+    """The first `length` tokens; None where none of them is to be learned. Of a labelled example the last one stays,
+    where its label and the tokenizer's mark of an end stand.
+    """
+    if example.label is not None:
+        kept = [*range(length - 1), len(example.tokens) - 1]
+        return dataclasses.replace(example, tokens=example.tokens[kept], weights=example.weights[kept])
     if not example.weights[:length].any():
         return None
     cut = {

@@ -1,7 +1,7 @@
 """Examples to rows of a fixed length: `pack` puts several into a row, `pad` one.
 
 Neither lets an example see or count another: positions restart and segment ids differ, and the last
-token of a segment has no target. Both hold the same (token, target, weight) triples.
+token of a segment has no target but its label, if it has one. Both hold the same (token, target, weight) triples.
 """
 
 from collections.abc import Sequence
@@ -86,8 +86,11 @@ def _lay(bins: Sequence[Sequence[Example]], length: int) -> Rows:
             n = len(e.tokens)
             here, before_last = slice(at, at + n), slice(at, at + n - 1)
             rows["tokens"][r, here] = e.tokens
-            rows["targets"][r, before_last] = e.tokens[1:]
-            rows["weights"][r, before_last] = e.weights[1:]
+            if e.label is None:
+                rows["targets"][r, before_last] = e.tokens[1:]
+                rows["weights"][r, before_last] = e.weights[1:]
+            else:
+                rows["targets"][r, at + n - 1], rows["weights"][r, at + n - 1] = e.label, 1.0
             rows["positions"][r, here] = np.arange(n)
             rows["segment_ids"][r, here] = segment
             if "groups" in rows:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from peftax.weights.source import write_json
 
 
 def submit(
@@ -34,7 +35,7 @@ def submit(
     groups = [
         [Path(word).name for word in command[3:]] for command in members.values()
     ]  # behind python -m peftax.sweep
-    (workdir / "indices.json").write_text(json.dumps(groups, indent=1) + "\n")
+    write_json(workdir / "indices.json", groups)
     pod = {
         "restartPolicy": "Never",
         "containers": [
@@ -64,5 +65,5 @@ def submit(
         "spec": {"replicatedJobs": [{"name": "members", "replicas": 1, "template": {"spec": job}}]},
     }
     file = workdir / "jobset.yaml"
-    file.write_text(json.dumps(manifest, indent=2) + "\n")  # JSON is YAML
+    write_json(file, manifest)  # JSON is YAML
     print(f"written: {file}; kubectl apply -f {file}", file=sys.stderr)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# What of this process's environment a member sees too: a cluster's own is that of its start, and says which devices.
+PASSED = ("JAX_", "XLA_", "HF_", "PEFTAX_", "TF_CPP_", "PYTHONPATH")
 
 
 def submit(
@@ -32,12 +36,13 @@ def submit(
     ray.init(address=address, include_dashboard=False, **ray_init)
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    def member(command: Sequence[str], log: str) -> int:
+    def member(command: Sequence[str], log: str, given: Mapping[str, str]) -> int:
         with open(log, "ab") as file:
-            return subprocess.run(command, stdout=file, stderr=file).returncode
+            return subprocess.run(command, stdout=file, stderr=file, env={**os.environ, **given}).returncode
 
     try:
-        tasks = [member.remote(command, str(folder.resolve() / "log.txt")) for folder, command in members.items()]
+        given = {key: value for key, value in os.environ.items() if key.startswith(PASSED)}
+        tasks = [member.remote(command, str(f.resolve() / "log.txt"), given) for f, command in members.items()]
         for task in tasks:
             try:
                 ray.get(task)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+LOOK = 2  # seconds between looks at the queue
 
 
 class Member:
@@ -52,5 +55,14 @@ def submit(
         **slurm,
     )
     jobs = executor.map_array(Member(), list(members.values()))
-    for job in jobs if wait else ():
-        job.wait()
+    arrays = {job.job_id.partition("_")[0] for job in jobs}
+    while wait and _queued(arrays):
+        time.sleep(LOOK)
+
+
+def _queued(arrays: set[str]) -> bool:
+    """Does Slurm hold any of these still? It alone knows of a job that it stopped and queued again: for submitit such a
+    one has returned.
+    """
+    done = subprocess.run(["squeue", "--noheader", f"--jobs={','.join(arrays)}"], capture_output=True, text=True)
+    return bool(done.stdout.strip()) if done.returncode == 0 else "Invalid job id" not in done.stderr

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -77,13 +77,16 @@ class Traffic:
     messages: dict[str, int]
 
 
-def traffic(compiled: jax.stages.Compiled) -> Traffic:
+def traffic(compiled: jax.stages.Compiled, *, kinds: Sequence[str] = ()) -> Traffic:
     """What a compiled program moves, from its text: loop bodies as often as they run, of branches the dearest.
 
     An instruction reads its operands and writes its results; one that is fused takes and gives slices of its operands
     where it uses no more. Memory besides the main one (VMEM, the host's) does not count.
+
+    Args:
+      kinds: of numbers, as HLO calls them, such as "u8" for packed codes; others do not count. By default all do.
     """
-    program = _parse(compiled.as_text())
+    program = _parse(compiled.as_text(), frozenset(kinds))
     memory, messages = program.cost(program.entry)
     return Traffic(int(memory), {k: int(v) for k, v in sorted(messages.items())})
 
@@ -120,6 +123,7 @@ class _Op:
 class _Program:
     entry: str
     bodies: dict[str, dict[str, _Op]]
+    kinds: frozenset[str]
 
     def __post_init__(self):
         self._known: dict[str, tuple[float, Counter]] = {}
@@ -167,8 +171,8 @@ class _Program:
         """(kind, channel, bytes that reach one device) of the messages in an instruction or what is fused into it."""
         kind = op.kind.removesuffix("-start")
         if kind in MOVES:
-            given = sum(_size(body[o].shape, everywhere=True) for o in op.operands if o in body)
-            got = _size(op.shape, everywhere=True)
+            given = sum(self.size(body[o].shape, everywhere=True) for o in op.operands if o in body)
+            got = self.size(op.shape, everywhere=True)
             if op.kind.endswith("-start"):  # its result names the operands too
                 got = got - given if kind not in ("all-reduce",) else given
             n = _group(op.rest)
@@ -191,15 +195,17 @@ class _Program:
             return 0
         shapes = [body[o].shape for o in op.operands if o in body]
         if op.kind == "dynamic-slice" or op.kind == "gather":
-            return 2 * _size(op.shape)
+            return 2 * self.size(op.shape)
         if op.kind == "dynamic-update-slice":
-            return 2 * _size(shapes[1])
+            return 2 * self.size(shapes[1])
         if op.kind in ("copy-start", "slice-start"):
             first = ARRAY.search(op.shape)
-            return _size(first[0] if first else "") + (sum(map(_size, shapes)) if op.kind == "copy-start" else 0)
+            return self.size(first[0] if first else "") + (
+                sum(map(self.size, shapes)) if op.kind == "copy-start" else 0
+            )
         if op.kind == "fusion":
             return self.fused(op, shapes)
-        return _size(op.shape) + sum(map(_size, shapes))
+        return self.size(op.shape) + sum(map(self.size, shapes))
 
     def fused(self, op: _Op, shapes: list[str]) -> float:
         inner = self.bodies[op.called[0]]
@@ -214,7 +220,7 @@ class _Program:
                 if user.kind == "bitcast":
                     total += read(user.name, whole)
                 elif user.kind in ("dynamic-slice", "slice", "gather"):
-                    total += _size(user.shape, everywhere=True)
+                    total += self.size(user.shape, everywhere=True)
                 elif user.kind == "dynamic-update-slice" and user.operands[0] == name:
                     continue  # in place
                 elif user.kind not in ("tuple", "get-tuple-element"):
@@ -228,21 +234,35 @@ class _Program:
             if at.kind == "bitcast":
                 return written(at.operands[0], whole)
             if at.kind == "dynamic-update-slice" and at.operands[1] in inner:
-                return min(whole, _size(inner[at.operands[1]].shape, everywhere=True))
+                return min(whole, self.size(inner[at.operands[1]].shape, everywhere=True))
             return whole
 
         total = 0.0
         for each in inner.values():
             if each.kind == "parameter" and (number := int(each.operands[0])) < len(shapes):
-                total += read(each.name, _size(shapes[number]))
+                total += read(each.name, self.size(shapes[number]))
         root = next(each for each in inner.values() if each.root)
         if root.kind == "tuple":
             parts = [m[0] for m in ARRAY.finditer(op.shape)]
-            return total + sum(written(o, _size(s)) for o, s in zip(root.operands, parts, strict=False))
-        return total + written(root.name, _size(op.shape))
+            return total + sum(written(o, self.size(s)) for o, s in zip(root.operands, parts, strict=False))
+        return total + written(root.name, self.size(op.shape))
+
+    def size(self, shape: str, everywhere: bool = False) -> float:
+        """Bytes of the arrays of a shape that count; of those in main memory unless `everywhere`."""
+        total = 0.0
+        for kind, sizes, layout in ARRAY.findall(shape):
+            if (self.kinds and kind not in self.kinds) or (not everywhere and re.search(r"S\([1-9]", layout)):
+                continue
+            bits = BITS.get(kind)
+            if bits is None:
+                digits = re.search(r"\d+", kind)
+                bits = int(digits[0]) if digits else 8
+                bits = 8 if kind.startswith("f8") else bits
+            total += bits / 8 * math.prod(int(n) for n in sizes.split(",") if n)
+        return total
 
 
-def _parse(text: str) -> _Program:
+def _parse(text: str, kinds: frozenset[str] = frozenset()) -> _Program:
     bodies: dict[str, dict[str, _Op]] = {}
     entry, body = "", {}
     for line in text.splitlines():
@@ -259,7 +279,7 @@ def _parse(text: str) -> _Program:
         inside, rest = _until_closed(rest)
         operands = re.findall(r"%([\w.\-]+)", inside) or [w.strip() for w in inside.split(",") if w.strip()]
         body[found[2]] = _Op(found[2], kind, shape, operands, rest, bool(found[1]))
-    return _Program(entry, bodies)
+    return _Program(entry, bodies, kinds)
 
 
 def _head(text: str) -> tuple[str, str]:
@@ -278,21 +298,6 @@ def _until_closed(text: str) -> tuple[str, str]:
         if not depth:
             return text[: at.start()], text[at.end() :]
     return text, ""
-
-
-def _size(shape: str, everywhere: bool = False) -> float:
-    """Bytes of the arrays of a shape; of those in main memory unless `everywhere`."""
-    total = 0.0
-    for kind, sizes, layout in ARRAY.findall(shape):
-        if not everywhere and re.search(r"S\([1-9]", layout):
-            continue
-        bits = BITS.get(kind)
-        if bits is None:
-            digits = re.search(r"\d+", kind)
-            bits = int(digits[0]) if digits else 8
-            bits = 8 if kind.startswith("f8") else bits
-        total += bits / 8 * math.prod(int(n) for n in sizes.split(",") if n)
-    return total
 
 
 def _group(rest: str) -> int:

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from peftax.core import tree
+from peftax.core import lift, tree
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, chain
+
+WHOLE = "modules_to_save"
 
 
 @functools.cache
@@ -49,19 +51,30 @@ def defaults(name: str) -> dict:
 
 
 def make(name: str, **settings) -> Method:
-    """The method `name`, or the chain. A key it does not know raises TypeError naming the nearest."""
-    known = defaults(name)
+    """The method `name`, or the chain. A key it does not know raises TypeError naming the nearest.
+
+    modules_to_save: suffixes of modules that train whole; also of methods without a setting of that name, and of a
+    chain, whose first method holds them.
+    """
+    parts, known = chained(name), defaults(name)
+    whole = tuple(settings.get(WHOLE) or ()) if WHOLE not in known else ()
+    if whole and parts:
+        first = settings.get(parts[0], {})
+        settings[parts[0]] = {**first, WHOLE: (*(first.get(WHOLE) or ()), *whole)}
+    if WHOLE not in known:
+        settings.pop(WHOLE, None)
     for key in settings:
         if key not in known:
             raise TypeError(f"{name}: no setting {key!r}; the nearest: {tree.nearest(key, known)}")
-    if parts := chained(name):
+    if parts:
         for part, own in settings.items():
             if not isinstance(own, Mapping):
                 key, value = next(iter(known[part].items()))
                 raise TypeError(f"{name}: {part} is {own!r}; want its settings, as {{{key!r}: {value!r}}}")
         made = [make(part, **settings.get(part, {})) for part in parts]
         return chain(*made, name=name, config={m.name: dict(m.config) for m in made})
-    return getattr(module(name), name)(**settings)
+    made = getattr(module(name), name)(**settings)
+    return lift.with_modules(made, whole) if whole else made
 
 
 def from_peft(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -70,7 +83,7 @@ def from_peft(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     formats = {name: module(name).HF for name in names() if hasattr(module(name), "HF")}
     for name, form in formats.items():
         if form.peft_type == kind and form.matches(config):
-            return name, form.read(config)
+            return name, {**({WHOLE: tuple(config[WHOLE])} if config.get(WHOLE) else {}), **form.read(config)}
     known = sorted({form.peft_type for form in formats.values()})
     raise Unsupported(
         f"peft_type {kind!r} is not supported; supported: {', '.join(known)}; "

@@ -32,7 +32,13 @@ from peftax.methods import inits
 from peftax.ops.product import last, narrow
 
 ACTIVATIONS = {"gelu": nn.gelu, "relu": nn.relu, "silu": nn.silu, "tanh": jnp.tanh}
-PLACES = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",), "parallel": ("mlp",), "scaled_parallel": ("mlp",)}
+FEED_FORWARD = r"(.*\.)?(mlp|layer\.\d+\.output\.dense)"  # the second: BERT's, which has no module of its own
+PLACES = {
+    "houlsby": ("self_attn", "mlp", "output.dense"),
+    "pfeiffer": FEED_FORWARD,
+    "parallel": ("mlp",),
+    "scaled_parallel": ("mlp",),
+}
 
 
 def adapter(

@@ -110,4 +110,4 @@ def _unpack(tensors: Mapping[str, Any], shapes: Mapping[str, Any], config: Mappi
     return {name: {leaf: tensors[key] for leaf, key in _KEYS.items()}}
 
 
-HF = hf.Format(peft_type="MULTITASK_PROMPT_TUNING", read=_read, write=_write, pack=_pack, unpack=_unpack)
+HF = hf.Format(peft_type="MULTITASK_PROMPT_TUNING", root=hf.BARE, read=_read, write=_write, pack=_pack, unpack=_unpack)

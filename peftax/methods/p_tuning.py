@@ -181,4 +181,4 @@ def _held(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "encoder": "none"}
 
 
-HF = hf.Format(peft_type="P_TUNING", read=_read, write=_write, pack=_pack, unpack=_unpack, held=_held)
+HF = hf.Format(peft_type="P_TUNING", root=hf.BARE, read=_read, write=_write, pack=_pack, unpack=_unpack, held=_held)

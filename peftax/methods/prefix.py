@@ -207,4 +207,6 @@ def _held(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "projection": None}
 
 
-HF = hf.Format(peft_type="PREFIX_TUNING", read=_read, write=_write, pack=_pack, unpack=_unpack, held=_held)
+HF = hf.Format(
+    peft_type="PREFIX_TUNING", root=hf.BARE, read=_read, write=_write, pack=_pack, unpack=_unpack, held=_held
+)

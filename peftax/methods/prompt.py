@@ -88,4 +88,4 @@ def _unpack(tensors: Mapping[str, Any], shapes: Mapping[str, Any], config: Mappi
     return {name: {"p": tensors["prompt_embeddings"]}}
 
 
-HF = hf.Format(peft_type="PROMPT_TUNING", read=_read, write=_write, pack=_pack, unpack=_unpack)
+HF = hf.Format(peft_type="PROMPT_TUNING", root=hf.BARE, read=_read, write=_write, pack=_pack, unpack=_unpack)

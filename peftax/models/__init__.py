@@ -24,7 +24,7 @@ def types() -> dict[str, str]:
 
 
 def build(config: Mapping[str, Any], **options: Any) -> nn.Module:
-    """The model of a parsed config.json; options as in the model's `from_hf` (scan, remat, dtype)."""
+    """The model of a parsed config.json; options as in the model's `from_hf` (scan, remat, dtype, labels)."""
     kind = config.get("model_type")
     if kind not in types():
         raise ValueError(f"model_type {kind!r} has no backbone here; there are {', '.join(sorted(types()))}")

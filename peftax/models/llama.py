@@ -18,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from peftax.ops.attention import FORMS, Where, attention
+from peftax.ops.pooling import POOLINGS, pool
 from peftax.ops.product import kept
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -78,6 +79,8 @@ class Config:
     rope_scale: float
     rope_layers: tuple[bool, ...]
     windows: tuple[int, ...]
+    labels: int  # of a classifier; 0: a language model
+    pooling: str
     scan: bool
     remat: str
     attention: str
@@ -93,6 +96,8 @@ def from_hf(
     attention: str = "auto",
     dtype: str = "float32",
     param_dtype: str = "float32",
+    labels: int = 0,
+    pooling: str | None = None,
 ) -> Llama:
     """The model of a Hugging Face config.json.
 
@@ -105,6 +110,8 @@ def from_hf(
       attention: one of ops.attention.FORMS.
       dtype: of activations and products.
       param_dtype: of weights that `init` makes.
+      labels: how many a classifier tells apart; 0: a language model.
+      pooling: of a classifier: "last" (None: this), as transformers does | "cls" | "mean".
     """
     kind = config["model_type"]
     c = {**DEFAULTS.get(kind, {}), **config}
@@ -112,6 +119,8 @@ def from_hf(
         raise ValueError(f"model.remat {remat!r} is none of {', '.join(REMAT)}")
     if attention not in FORMS:
         raise ValueError(f"model.attention {attention!r} is none of {', '.join(FORMS)}")
+    if pooling not in (None, *POOLINGS):
+        raise ValueError(f"model.pooling {pooling!r} is none of {', '.join(POOLINGS)}")
     heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
     head_size = c.get("head_dim") or c["hidden_size"] // heads
     activation = c.get("hidden_act", "silu")
@@ -139,6 +148,8 @@ def from_hf(
             rope_scale=rope_scale,
             rope_layers=_rope_layers(c, layers),
             windows=_windows(c, layers),
+            labels=labels,
+            pooling=pooling or "last",
             scan=scan,
             remat=remat,
             attention=attention,
@@ -384,24 +395,34 @@ class TiedHead(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens [B, T] or embeddings [B, T, D] -> logits [B, T, V]."""
+    """Tokens [B, T] or embeddings [B, T, D] -> logits [B, T, V]; [B, T, labels] of a classifier."""
 
     config: Config
 
     def setup(self):
         c = self.config
         self.model = Decoder(c)
-        self.lm_head = TiedHead() if c.tied else linear(c, c.vocab, False)
+        if c.labels:
+            self.score = linear(c, c.labels, False)
+        else:
+            self.lm_head = TiedHead() if c.tied else linear(c, c.vocab, False)
 
     def __call__(self, inputs, positions=None, segment_ids=None):
         return self.head(self.hidden(inputs, positions, segment_ids)[0])
 
     def hidden(self, inputs, positions=None, segment_ids=None, cache=None):
-        """(final hidden states [B, T, D], the cache with these tokens in it)."""
-        return self.model(inputs, positions, segment_ids, cache)
+        """(final hidden states [B, T, D], of a classifier each segment's own at all its places; the cache with these
+        tokens in it)."""
+        h, cache = self.model(inputs, positions, segment_ids, cache)
+        if self.config.labels:
+            segment_ids = jnp.ones(h.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+            h = pool(self.config.pooling, h, segment_ids)
+        return h, cache
 
     def head(self, h_BxTxD):
         """Hidden states -> logits."""
+        if self.config.labels:
+            return self.score(h_BxTxD)
         if self.config.tied:
             return self.lm_head(h_BxTxD, self.model.embed_tokens)
         return self.lm_head(h_BxTxD)

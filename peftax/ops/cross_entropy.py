@@ -67,13 +67,27 @@ def chunked_nll(
     return nll.reshape(b, parts, n * chunk)[:, :, :own].reshape(b, t)
 
 
+@jax.custom_batching.custom_vmap
+def _anywhere(counted: jax.Array) -> jax.Array:
+    """Does anything count: of a population, in any member. One answer for all, or its `cond` would become a `select`,
+    which does both and copies what it chooses from.
+    """
+    return jnp.any(counted)
+
+
+@_anywhere.def_vmap
+def _(size, batched, counted):
+    del size, batched
+    return jnp.any(counted), False
+
+
 def _by_chunk(of_chunk, h, y, counted):
     """`of_chunk(h, y, counted)` of every chunk, stacked; zeros for the chunks in which nothing counts."""
 
     def step(_, args):
         shapes = jax.eval_shape(of_chunk, *args)
         skip = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
-        return None, jax.lax.cond(jnp.any(args[-1]), of_chunk, skip, *args)
+        return None, jax.lax.cond(_anywhere(args[-1]), of_chunk, skip, *args)
 
     return jax.lax.scan(step, None, (h, y, counted))[1]
 
@@ -118,7 +132,7 @@ def _backward(head, kept, d_nll):
             d_h, more = jax.vjp(nll_of, h, trained)[1](d_nll)
             return jax.tree.map(jnp.add, d_trained, more), d_h
 
-        return jax.lax.cond(jnp.any(counts), back, lambda h, _: (d_trained, jnp.zeros_like(h)), h, d_nll)
+        return jax.lax.cond(_anywhere(counts), back, lambda h, _: (d_trained, jnp.zeros_like(h)), h, d_nll)
 
     d_trained, d_h = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, trained), (*chunks, d_nll))
     return d_h, None, None, *d_trained

@@ -14,7 +14,15 @@ import pandas as pd
 
 from peftax import results, sweep
 from peftax.report.figures import FIGURES, close
-from peftax.results import RATE, Choice
+from peftax.results import Choice
+
+WHERE = {
+    "": "inside",
+    "low": "still at the edge: the lowest",
+    "high": "still at the edge: the highest",
+    "only": "only one",
+    "none": "none finished",
+}
 
 
 def write(folder: str | Path, into: str | Path | None = None, *, title: str | None = None) -> Path:
@@ -30,11 +38,11 @@ def write(folder: str | Path, into: str | Path | None = None, *, title: str | No
     into = Path(into or folder / "report")
     into.mkdir(parents=True, exist_ok=True)
     table = results.load(folder)
-    finished = table[table.status.isin(["finished", "failed"])]
+    finished = table[table.status.isin(sweep.ENDED)]
     if finished.empty:
         raise ValueError(f"{folder}: no member is finished; there is nothing to report")
     table.drop(columns="folder").to_csv(into / "members.csv", index=False)
-    choices = results.choose(finished) if RATE in finished else []
+    choices = results.choose(finished) if "valid" in finished else []
     parts: list[tuple[str, str | Path]] = [("Members", status_text(table))]
     if choices:
         chosen = choice_table(choices, finished)
@@ -72,16 +80,18 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
     rows = []
     for c in choices:
         own = table[table.name.isin(c.members)]
-        seeds = np.asarray(c.seeds)
         row: dict[str, Any] = {
             **{key.rpartition(".")[2]: value for key, value in c.arm.items()},
-            "learning rate": c.rate,
-            "in its grid": {"": "inside", "low": "lowest", "high": "highest", "only": "only one"}[c.edge],
+            **({} if math.isnan(c.rate) else {"learning rate": c.rate, "in its grid": WHERE[c.edge]}),
             "trials": c.trials,
             "valid": c.valid,
-            "± (seeds)": f"{seeds.std(ddof=1):.4f} ({len(seeds)})" if len(seeds) > 1 else f"({len(seeds)})",
+            "± (seeds)": spread(c.seeds),
         }
-        for column in ("trainable", "seconds", "peak_bytes", *(x for x in own if str(x).startswith("metrics."))):
+        if c.read:
+            test = own.test.dropna()
+            row |= {"test": test.mean(), "± (test)": spread(test), "rates read": c.read}
+        measured = (column for column in own if str(column).startswith("metrics."))
+        for column in ("test_accuracy", "trainable", "seconds", "peak_bytes", *measured):
             if column in own and own[column].notna().any():
                 row[str(column).removeprefix("metrics.")] = own[column].mean()
         rows.append(row)
@@ -89,6 +99,12 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
     if "peak_bytes" in found:
         found["peak GiB"] = (found.pop("peak_bytes") / 2**30).round(2)
     return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """ "0.0123 (3)": the deviation of single values, and how many there are."""
+    n = len(values)
+    return f"{np.std(values, ddof=1):.4f} ({n})" if n > 1 else f"({n})"
 
 
 # --- pages ----------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peftax import results
-from peftax.results import RATE, SEED, Choice
+from peftax.results import RATE, SEED, Choice, label
 
 BAND = 0.2  # how dark the range over seeds is
 
@@ -149,21 +148,28 @@ def draw_costs(data: pd.DataFrame):
 
 
 def forgetting(table: pd.DataFrame, choices: Sequence[Choice]) -> pd.DataFrame | None:
-    """Loss on a general corpus after training over the gain on valid: what was paid for what was had."""
-    if "metrics.general" not in table or not choices:
+    """What training did to the loss on other data, against the score that it was done for: test, else valid."""
+    names = [c.removeprefix("metrics.") for c in table if str(c).startswith("metrics.") and f"{c} before" in table]
+    if not names or not choices:
         return None
-    by_name = table.set_index("name")
-    rows = [
-        {"arm": label(c.arm), "valid": c.valid, "general": by_name.loc[c.members, "metrics.general"].mean()}
-        for c in choices
-    ]
+    by_name, score = table.set_index("name"), "test" if any(c.read for c in choices) else "valid"
+    rows = []
+    for c in choices:
+        own = by_name.loc[c.members]
+        for name in names:
+            before, after = own[f"metrics.{name} before"].mean(), own[f"metrics.{name}"].mean()
+            where = {"arm": label(c.arm), "score": score, "loss": own[score].mean(), "data": name}
+            rows.append({**where, "before": before, "after": after, "change": after - before})
     return pd.DataFrame(rows)
 
 
 def draw_forgetting(data: pd.DataFrame):
-    figure, axes = _axes("loss on valid", "loss on the general corpus")
-    for i, row in enumerate(data.itertuples()):
-        axes.plot(row.valid, row.general, "o", color=f"C{i % 10}", label=row.arm)
+    figure, axes = _axes(f"loss on {data.score[0]}", "change of the loss on other data")
+    marks = dict(zip(dict.fromkeys(data.data), "os^Dv*" * len(data), strict=False))
+    for i, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
+        for row in rows.itertuples():
+            axes.plot(row.loss, row.change, marks[row.data], color=f"C{i % 10}", label=f"{arm}: {row.data}")
+    axes.axhline(0, color="gray", linewidth=0.8)
     _legend(axes)
     return figure
 
@@ -176,17 +182,6 @@ FIGURES = (
     ("forgetting", "Forgetting", forgetting, draw_forgetting),
     ("costs", "Time and memory", costs, draw_costs),
 )
-
-
-def label(arm: dict[str, Any]) -> str:
-    """ "lora, rank 8"."""
-    words = [str(arm["method.name"])] if "method.name" in arm else []
-    words += [f"{k.rpartition('.')[2]} {_short(v)}" for k, v in arm.items() if k != "method.name" and not pd.isna(v)]
-    return ", ".join(words) or "all"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _axes(x: str, y: str):

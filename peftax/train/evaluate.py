@@ -22,9 +22,12 @@ Batch = Mapping[str, np.ndarray]
 ROWS = 8  # run together
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "chunk"))
-def _token_losses(apply: Callable, params: Any, batch: Any, *, chunk: int) -> jax.Array:
-    return loss.token_losses(apply, params, batch, chunk=chunk)
+@functools.partial(jax.jit, static_argnames=("apply", "chunk", "hits"))
+def _at_tokens(apply: Callable, params: Any, batch: Any, *, chunk: int, hits: bool) -> dict[str, jax.Array]:
+    """{figure: [B, T]}"""
+    if hits:
+        return loss.label_scores(apply, params, batch)
+    return {"nll": loss.token_losses(apply, params, batch, chunk=chunk)}
 
 
 def nll(
@@ -34,6 +37,7 @@ def nll(
     *,
     batch_size: int = ROWS,
     chunk: int = 128,
+    hits: bool = False,
     at: jax.sharding.NamedSharding | None = None,
 ) -> dict[str, Any]:
     """Token-weighted negative log likelihood of held-out rows.
@@ -43,18 +47,20 @@ def nll(
       batches: all rows [N, T] at once, as packing lays them, or an iterable of batches.
       batch_size: rows run together, where all rows are given at once.
       chunk: positions of the sequence whose logits exist at one time.
+      hits: also "accuracy", how often the target is the likeliest; all logits exist at one time: for classifiers.
       at: where a batch lies on a mesh: each device then has its own rows. Several processes all call with the same
         rows, and all have the result.
 
     Returns:
-      nll, tokens (that count), "per_row": {"nll": one number per example, in the rows' order};
+      nll, accuracy (with `hits`), tokens (that count; labels of a classifier),
+      "per_row": {"nll": one number per example, in the rows' order};
       where the rows have groups also nll_values (targets of group 1), nll_boilerplate (group 0),
       and theirs per row.
     """
     if isinstance(batches, Mapping):
         parts = 1 if at is None else math.prod(at.mesh.shape[axis] for axis in jax.tree.leaves(at.spec[0]))
         batches = _cut(batches, batch_size, parts)
-    sums: list[np.ndarray] = []
+    sums: dict[str, list[np.ndarray]] = {}
     counts: list[np.ndarray] = []
     grouped = True
     for batch in batches:
@@ -62,20 +68,24 @@ def nll(
         given = {k: v for k, v in batch.items() if k != "groups"}
         if at is not None:
             given = processes.put(given, {k: sharding.of_batch(v.shape, at.mesh) for k, v in given.items()})
-        losses = processes.whole(_token_losses(apply, params, given, chunk=chunk)).astype(np.float64)
+        found = _at_tokens(apply, params, given, chunk=chunk, hits=hits)
+        found = {kind: processes.whole(x).astype(np.float64) for kind, x in found.items()}
         weights = np.asarray(batch["weights"], np.float64)
         segments = np.asarray(batch["segment_ids"])
         groups = np.asarray(batch["groups"]) if grouped else np.zeros_like(segments)
         for row in range(len(segments)):
             n = int(segments[row].max(initial=0))
             index = (segments[row], groups[row])
-            sums.append(_sum_at(n, index, losses[row] * weights[row]))
+            for kind, x in found.items():
+                sums.setdefault(kind, []).append(_sum_at(n, index, x[row] * weights[row]))
             counts.append(_sum_at(n, index, weights[row]))
-    s, c = (np.concatenate([np.zeros((0, 2)), *x]) for x in (sums, counts))
+    c = np.concatenate([np.zeros((0, 2)), *counts])
     if not c.sum():
         raise ValueError("evaluate: no token of these rows counts; is the split empty?")
-    kinds = {"nll": (s.sum(axis=1), c.sum(axis=1))}
+    by_kind = {kind: np.concatenate(x) for kind, x in sums.items()}
+    kinds = {kind: (x.sum(axis=1), c.sum(axis=1)) for kind, x in by_kind.items()}
     if grouped:
+        s = by_kind["nll"]
         kinds |= {"nll_values": (s[:, 1], c[:, 1]), "nll_boilerplate": (s[:, 0], c[:, 0])}
     kinds = {k: v for k, v in kinds.items() if v[1].sum()}
     return {
@@ -88,6 +98,11 @@ def nll(
 def together(parts: int, rows: int = ROWS) -> int:
     """Rows of one batch where the mesh cuts it into parts: every device has as many."""
     return -(-rows // parts) * parts
+
+
+def valid(found: Mapping[str, Any]) -> dict[str, float]:
+    """What a run writes of a look at valid: {"valid_nll", and "valid_accuracy" of a classifier}."""
+    return {f"valid_{kind}": found[kind] for kind in ("nll", "accuracy") if kind in found}
 
 
 def _cut(rows: Batch, batch_size: int, parts: int) -> Iterable[Batch]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -87,7 +86,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     if writes and not claimed:
         claim(workdir, config)
     if writes and data_start is not None:
-        _write(workdir / CALIBRATION, settings)
+        source.write_json(workdir / CALIBRATION, settings)
     for half_written in workdir.glob(".adapter.*") if writes else ():  # by a process that was killed
         shutil.rmtree(half_written, ignore_errors=True)
     metrics_to, timings_to = writers.All(), writers.All()
@@ -100,8 +99,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     def look(step: int) -> None:
         """Score valid; keep the adapter when it is the best so far, or when there is no valid to choose by."""
         if valid is not None:
-            found = evaluate.nll(run.apply, tree.merge(frozen, state.trainable), valid, at=base.rows)
-            metrics_to.write(step, {"valid_nll": found["nll"]})
+            params = tree.merge(frozen, state.trainable)
+            found = evaluate.nll(run.apply, params, valid, hits=bool(base.labels), at=base.rows)
+            metrics_to.write(step, evaluate.valid(found))
             facts["valid"] = found["nll"]
         if valid is None or facts["best"] is None or facts["valid"] < facts["best"][1]:
             facts["best"] = [step, facts.get("valid")]
@@ -197,7 +197,7 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
         return False
     mine, theirs = json.loads(json.dumps(config)), source.read_json(file)
     a, b = (tree.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (mine, theirs))
-    free = ("train/check_memory", "mesh/")  # a run may go on on other devices
+    free = ("train/check_memory", "mesh/", "data/test")  # a run may go on on other devices; test is none of its own
     differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not k.startswith(free))
     if differ:
         key = differ[0]
@@ -211,14 +211,7 @@ def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Write the config into the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / "config.json", config)
-
-
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    """JSON that is there whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, file)
+    source.write_json(workdir / "config.json", config)
 
 
 def _calibrated(base: setup.Base, config: Mapping[str, Any], batches: Any, file: Path) -> tuple[dict[str, Any], Any]:

@@ -30,6 +30,14 @@ def causal_lm(
     return jnp.sum(nll * batch["weights"]), jnp.sum(batch["weights"])
 
 
+def label_scores(apply, params, batch) -> dict[str, jax.Array]:
+    """{"nll", "accuracy"} at every place, f32 [B, T]: a classifier's loss, and is its likeliest label the target?"""
+    h, _ = apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden")
+    logits = apply({"params": params}, h, method="head").astype(jnp.float32)
+    nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    return {"nll": nll, "accuracy": (jnp.argmax(logits, -1) == batch["targets"]).astype(jnp.float32)}
+
+
 def token_losses(apply, params, batch, ctx: Ctx | None = None, *, chunk: int = 128) -> jax.Array:
     """f32 [B, T]: the loss of every counted token, 0 elsewhere."""
     variables = {"params": params}

@@ -8,6 +8,7 @@ folder holds what that run's would, but for the checkpoints, which are the popul
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -19,12 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peftax import weights
+from peftax import recipe, weights
 from peftax.core import tree
-from peftax.train import evaluate, loop, loss, optimizers, programs, setup, writers
+from peftax.core.method import Partition
+from peftax.train import evaluate, loop, optimizers, programs, setup, writers
 from peftax.train.step import State, plain_step
 from peftax.weights.checkpoint import Checkpoints
 
@@ -40,7 +43,7 @@ FREE = {  # keys of a config in which members may differ
 
 def together(configs: Sequence[Mapping[str, Any]]) -> str | None:
     """Why these configs cannot train in one program; None if they can."""
-    flat = [_flat(c) for c in configs]
+    flat = [recipe.flat(c) for c in configs]
     for config in flat[1:]:
         for key in sorted(flat[0].keys() | config.keys()):
             if key not in FREE and flat[0].get(key) != config.get(key):
@@ -57,7 +60,8 @@ def together(configs: Sequence[Mapping[str, Any]]) -> str | None:
 class Population:
     """Members on one base.
 
-    runs:   each by itself, on its own shapes.
+    runs:   each by itself, in shapes, its own rank's.
+    base:   what is frozen of the base: they share it.
     state:  their states, stacked; leaves of unlike rank padded with zeros.
     theta:  their frozen leaves that are not the base's, stacked.
     rates:  learning rates; seeds: of dropout.
@@ -65,23 +69,25 @@ class Population:
     """
 
     runs: list[setup.Run]
+    base: dict[str, Any]
     state: State
     theta: dict[str, Any]
     rates: jax.Array
     seeds: jax.Array
     step: Any
 
-    @property
-    def base(self) -> dict[str, Any]:
-        return self.runs[0].base.params
-
     def member(self, i: int) -> setup.Run:
         """A member's run as it stands, without padding."""
-        own = tree.flatten(jax.tree.map(lambda x: x[i], self.state.trainable))
-        cut = {}
-        for path, x in tree.flatten(self.runs[i].part.trainable).items():
-            cut[path] = own[path][tuple(slice(n) for n in x.shape)]
-        return dataclasses.replace(self.runs[i], part=self.runs[i].part._replace(trainable=tree.unflatten(cut)))
+        run, own, mine = self.runs[i], tree.flatten(self.base), tree.flatten(self.params(i))
+
+        def half(shapes: dict[str, Any]) -> dict[str, Any]:
+            flat = tree.flatten(shapes)
+            return tree.unflatten(
+                {p: mine[p][tuple(map(slice, x.shape))] for p, x in flat.items() if p not in own}
+                | {p: own[p] for p in flat if p in own}
+            )
+
+        return dataclasses.replace(run, part=Partition(half(run.part.frozen), half(run.part.trainable)))
 
     def params(self, i: int) -> dict[str, Any]:
         """The whole tree with a member's leaves, padded: all members' have one shape, and so one program."""
@@ -90,7 +96,18 @@ class Population:
 
 
 def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
-    """The members at their starts.
+    """The members at their starts; as `sketch`."""
+    outline = sketch(base, configs, shared_batch=shared_batch)
+    parts = [setup.start(base, m["method"], seed=m["train"]["init_seed"]).part for m in configs]
+    theta = [_split(part.frozen, base)[1] for part in parts]
+    state = _states(outline.runs[0], configs[0], outline.rates, [part.trainable for part in parts])
+    at = jax.tree.map(lambda x: x.sharding, (outline.state, outline.theta))
+    state, theta = jax.device_put((state, stack(theta)), at)
+    return dataclasses.replace(outline, base=_split(parts[0].frozen, base)[0], state=state, theta=theta)
+
+
+def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
+    """`make` in shapes, each with its place: nothing is read or computed, the base may be an outline.
 
     Args:
       shared_batch: all members see the same batch, [B, T]; else each its own, [members, B, T].
@@ -100,49 +117,72 @@ def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch
     if why := together(configs):
         raise ValueError(f"a population: {why}; run these members by themselves")
     config = configs[0]
-    c = config["train"]
-    runs = [setup.start(base, m["method"], seed=m["train"]["init_seed"]) for m in configs]
-    method = runs[0].method
-    own = tree.flatten(base.params)
-    if any(path in own for path in tree.flatten(runs[0].part.trainable)) and method.move is not None:
+    unlike = {json.dumps(m["method"]): m["method"] for m in configs}  # a thousand members may have one method
+    sketches = {key: setup.sketch(base, method) for key, method in unlike.items()}
+    runs = [sketches[json.dumps(m["method"])] for m in configs]
+    run, method = runs[0], runs[0].method
+    if method.move is not None:
         raise ValueError(f"a population: {method.name} moves the base; run these members by themselves")
     sizes = [jax.tree.map(jnp.shape, r.part.trainable) for r in runs]
     if any(s != sizes[0] for s in sizes) and not method.pads:
         raise ValueError(f"a population: {method.name} does not pad ranks with zeros; sweep its ranks one by one")
-    trainable = stack([r.part.trainable for r in runs])
-    fresh = [{p: x for p, x in tree.flatten(r.part.frozen).items() if p not in own} for r in runs]
-    theta = stack([tree.unflatten(f) for f in fresh])
-    dropout = setup.drops(config["method"])
+    of_step = programs.of_step(run, config)
+    drops = of_step.pop("dropout_seed") is not None
 
-    def optimizer(rate):
-        settings = {**config["optimizer"], "learning_rate": rate}
-        return optimizers.from_config(settings, steps=c["steps"], method=method, sites=base.sites)[0]
-
-    def objective(apply, params, batch, ctx):
-        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
-
-    penalty = None if method.penalty is None else lambda params: method.penalty(params, base.sites)
-
-    def one(rate, seed, state, theta, batch, base_params):
-        step = plain_step(
-            runs[0].apply,
-            objective,
-            optimizer(rate),
-            accumulate=c["accumulate"],
-            dropout_seed=seed if dropout else None,
-            penalty=penalty,
-        )
-        return step(state, tree.merge(base_params, theta), batch)
+    def one(rate, seed, state, theta, batch, frozen):
+        optimizer, own_seed = _optimizer(run, config, rate), seed if drops else None
+        step = plain_step(run.apply, optimizer=optimizer, dropout_seed=own_seed, **of_step)
+        return step(state, tree.merge(frozen, theta), batch)
 
     axes = (0, 0, 0, 0, None if shared_batch else 0, None)
     rates = jnp.asarray([m["optimizer"]["learning_rate"] for m in configs], jnp.float32)
     seeds = jnp.asarray([m["train"]["dropout_seed"] for m in configs], jnp.uint32)
-    state = jax.vmap(lambda rate, t: State.create(t, optimizer(rate)))(rates, trainable)
-    places = _in_front(programs.training(runs[0], config).places)
-    state = jax.device_put(state, places)
-    theta = jax.device_put(theta, _in_front(base.places(tree.unflatten(fresh[0]), method)))
+    frozen, own = _split(run.part.frozen, base)
+    trainable = [r.part.trainable for r in runs]
+    state = jax.eval_shape(functools.partial(_states, run, config), rates, trainable)
+    theta = jax.eval_shape(stack, [_split(r.part.frozen, base)[1] for r in runs])
+    places = _in_front(programs.training(run, config).places)
     step = jax.jit(jax.vmap(one, axes), donate_argnums=2, out_shardings=(places, None))
-    return Population(runs, state, theta, rates, seeds, step)
+    return Population(
+        runs,
+        programs.placed(frozen, base.places(frozen, method)),
+        programs.placed(state, places),
+        programs.placed(theta, _in_front(base.places(own, method))),
+        rates,
+        seeds,
+        step,
+    )
+
+
+def program(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> programs.Program:
+    """The step of members that each see their own batch, for a planner; `base` may be an outline."""
+    found, c, data = sketch(base, configs), configs[0]["train"], configs[0]["data"]
+    made = programs.training(found.runs[0], configs[0])
+    rows = programs.batch(c["batch_size"], data["train_length"] or data["length"], made.lies, c["accumulate"])
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(configs), *x.shape), x.dtype), rows)
+    batch = programs.placed(many, _in_front(jax.tree.map(lambda x: x.sharding, rows)))
+    whole = NamedSharding(base.mesh, PartitionSpec())
+    numbers = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (found.rates, found.seeds))
+    args = (*numbers, found.state, found.theta, batch, found.base)
+    return programs.Program(found.step, args, found.state, tree.merge(found.base, found.theta))
+
+
+def _states(run: setup.Run, config: Mapping[str, Any], rates: jax.Array, trainable: Sequence[Any]) -> State:
+    """The members' first states, stacked."""
+    return jax.vmap(lambda rate, t: State.create(t, _optimizer(run, config, rate)))(rates, stack(trainable))
+
+
+def _optimizer(run: setup.Run, config: Mapping[str, Any], rate: jax.Array) -> optax.GradientTransformation:
+    settings = {**config["optimizer"], "learning_rate": rate}
+    steps = config["train"]["steps"]
+    return optimizers.from_config(settings, steps=steps, method=run.method, sites=run.base.sites)[0]
+
+
+def _split(frozen: Mapping[str, Any], base: setup.Base) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is frozen of the base, and of the method."""
+    own = tree.flatten(base.params)
+    halves = ({p: x for p, x in tree.flatten(frozen).items() if (p in own) == of_base} for of_base in (True, False))
+    return tuple(map(tree.unflatten, halves))
 
 
 def _in_front(places: Any) -> Any:
@@ -155,7 +195,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
     def stacked(*leaves):
         shape = tuple(max(n) for n in zip(*(jnp.shape(x) for x in leaves), strict=True))
-        return jnp.stack([jnp.pad(x, [(0, m - n) for m, n in zip(shape, jnp.shape(x), strict=True)]) for x in leaves])
+        return jnp.stack([jnp.zeros(shape, x.dtype).at[tuple(map(slice, jnp.shape(x)))].set(x) for x in leaves])
 
     return jax.tree.map(stacked, *trees)
 
@@ -209,8 +249,10 @@ def train(
                     continue
                 score = None
                 if valid is not None:
-                    score = evaluate.nll(population.runs[0].apply, population.params(i), valid)["nll"]
-                    to.write(step, {"valid_nll": score})
+                    apply, params = population.runs[0].apply, population.params(i)
+                    found = evaluate.nll(apply, params, valid, hits=bool(base.labels))
+                    to.write(step, evaluate.valid(found))
+                    score = found["nll"]
                 best = facts["best"][i]
                 if score is None or best is None or score < best[1]:
                     facts["best"][i] = [step, score]
@@ -262,13 +304,3 @@ def train(
             | {"adapter": str(folder / "adapter")}
         )
     return done
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = json.loads(json.dumps(value))
-    return out

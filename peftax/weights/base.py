@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax import processes
 from peftax.core import quantization
 from peftax.core import tree as trees
+from peftax.core.targets import CLASSIFIERS
 from peftax.ops.qtensor import QTensor, dense
 from peftax.ops.quantize import nested_scales
 from peftax.weights import bitsandbytes, names, source
@@ -32,12 +34,14 @@ from peftax.weights.source import Source
 TOGETHER = 64 << 20  # bytes of a leaf that are put together on the host, or for each shard; above it layer by layer
 SLAB = 128 << 20  # bytes that are read at once
 ARCHITECTURES = {
+    "bert": "BertModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
+CLASSIFIER = "ForSequenceClassification"  # ends the name of a classifier's architecture
 
 
 def load(
@@ -100,7 +104,9 @@ def check(weights: Source, abstract: trees.Tree) -> None:
     unused = have.difference(*(leaf.names for leaf in leaves))
     tied = config.get("tie_word_embeddings", False)
     unused = sorted(
-        name for name in unused if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+        name
+        for name in unused
+        if not name.endswith(("rotary_emb.inv_freq", "position_ids")) and not (tied and name == "lm_head.weight")
     )
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -435,8 +441,12 @@ def _write_config(params: trees.Tree, config: Mapping[str, Any], kind: np.dtype,
     config = {k: v for k, v in config.items() if k != "quantization_config"} | _quantization_config(params)
     # transformers 5 writes "dtype"; version 4 reads "torch_dtype"
     config |= {"dtype": kind.name, "torch_dtype": kind.name}
-    if config.get("architectures") is None and config.get("model_type") in ARCHITECTURES:
-        config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    name = ARCHITECTURES.get(config.get("model_type", ""))
+    if name is not None and any(head in params for head in CLASSIFIERS):
+        name = re.sub("(ForCausalLM|Model)$", CLASSIFIER, name)
+        config["architectures"] = [name]
+    elif name is not None and config.get("architectures") is None:
+        config["architectures"] = [name]
     if "lm_head" in params:
         config["tie_word_embeddings"] = False
     _dump(into / "config.json", config)

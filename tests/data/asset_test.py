@@ -7,6 +7,7 @@ import pytest
 from peftax.data import asset
 
 WHEEL = "some_data-1.0-py3-none-any.whl"
+SDIST = "someData-1.0.tar.gz"  # named as its author likes
 SHA = hashlib.sha256(b"good").hexdigest()
 
 
@@ -16,7 +17,7 @@ def pip(monkeypatch):
 
     class Pip:
         calls: list[list[str]] = []
-        serves, fails = b"good", ""
+        serves, fails, pinned = b"good", "", ""
 
     fake = Pip()
     fake.calls = []
@@ -24,7 +25,9 @@ def pip(monkeypatch):
     def run(command, **_):
         fake.calls.append(command)
         if not fake.fails:
-            (Path(command[command.index("--dest") + 1]) / WHEEL).write_bytes(fake.serves)
+            name = SDIST if "--no-binary=:all:" in command else WHEEL
+            (Path(command[command.index("--dest") + 1]) / name).write_bytes(fake.serves)
+            fake.pinned = "".join(f.read_text() for f in Path(command[command.index("--dest") + 1]).glob("*.txt"))
         return subprocess.CompletedProcess(command, int(bool(fake.fails)), "", fake.fails)
 
     monkeypatch.setattr(asset.subprocess, "run", run)
@@ -37,6 +40,13 @@ def test_fetches_once_without_dependencies(pip, tmp_path):
     assert "--no-deps" in pip.calls[0] and "--only-binary=:all:" in pip.calls[0]
     assert asset.fetch("some-data==1.0", SHA, into=tmp_path / "new") == path
     assert len(pip.calls) == 1 and [p.name for p in (tmp_path / "new").iterdir()] == [WHEEL]
+
+
+def test_a_source_package_is_checked_by_pip_before_it_runs_any_of_it(pip, tmp_path):
+    path = asset.fetch("someData==1.0", SHA, into=tmp_path, source=True)
+    assert path.name == SDIST and "--require-hashes" in pip.calls[0]
+    assert pip.pinned == f"someData==1.0 --hash=sha256:{SHA}\n"
+    assert asset.fetch("someData==1.0", SHA, into=tmp_path, source=True) == path and len(pip.calls) == 1
 
 
 def test_a_damaged_file_is_fetched_again(pip, tmp_path):

@@ -185,7 +185,9 @@ def test_how_many_take_part(rest, devices):
 
 
 def test_sizes_of_shapes():
-    assert cost._size("(bf16[2,3]{1,0}, u4[8], pred[])") == 12 + 4 + 1
-    assert cost._size("f32[8,128]{1,0:T(8,128)S(1)}") == 0
-    assert cost._size("f32[8,128]{1,0:T(8,128)S(1)}", everywhere=True) == 4096
-    assert np.isclose(cost._size("f8e4m3fn[16]"), 16)
+    size = cost._parse("").size
+    assert size("(bf16[2,3]{1,0}, u4[8], pred[])") == 12 + 4 + 1
+    assert size("f32[8,128]{1,0:T(8,128)S(1)}") == 0
+    assert size("f32[8,128]{1,0:T(8,128)S(1)}", everywhere=True) == 4096
+    assert np.isclose(size("f8e4m3fn[16]"), 16)
+    assert cost._parse("", frozenset({"u4"})).size("(bf16[2,3]{1,0}, u4[8], pred[])") == 4

@@ -14,7 +14,7 @@ TINY = dict(
 
 
 def test_unknown_types_and_options_name_what_there_is():
-    with pytest.raises(ValueError, match="'gpt2' has no backbone here; there are llama, mistral, qwen2"):
+    with pytest.raises(ValueError, match="'gpt2' has no backbone here; there are bert, llama, mistral, qwen2"):
         models.build({**TINY, "model_type": "gpt2"})
     with pytest.raises(ValueError, match="remat 'half' is none of none, dots, full, offload"):
         models.build(TINY, remat="half")

@@ -23,16 +23,12 @@ def leaf(path, *shape):
         ("model/embed_tokens/embedding", None, "model.embed_tokens.weight"),
         ("embeddings/cls_token", None, "embeddings.cls_token"),
         ("lm_head", None, "lm_head"),
+        ("bert/encoder/layer/output/dense/kernel", 1, "bert.encoder.layer.1.output.dense.weight"),
         ("model/layers", None, "model.layers"),
     ],
 )
 def test_to_hf(path, layer, name):
     assert names.to_hf(path, layer=layer) == name
-
-
-def test_another_stack():
-    name = names.to_hf("encoder/layer/output/dense/kernel", layer=1, stack="layer")
-    assert name == "encoder.layer.1.output.dense.weight"
 
 
 @pytest.mark.parametrize("path, layer", [("model/layers/mlp", None), ("model/layers/0/mlp", 0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def attention(
 def _kernel(blocks: tuple[int, int], own: jax.Array, keys: int, window, front, interpret: bool) -> Callable:
     """What the mask asks of each query -> the kernel, which steps over blocks that no query sees."""
     rows, columns = blocks
-    sizes = {f"block_{x}": n for x in ("q", "q_dkv", "q_dq") for n in [rows]}
+    sizes: dict[str, Any] = {f"block_{x}": n for x in ("q", "q_dkv", "q_dq") for n in [rows]}
     sizes |= {f"block_{x}": n for x in ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq") for n in [columns]}
     of_one_block = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask(blocks)]),
@@ -96,7 +97,7 @@ def _kernel(blocks: tuple[int, int], own: jax.Array, keys: int, window, front, i
     by_key, by_query = (_nearest(seen, axis) for axis in (1, 0))
     settings = {**of_one_block.kwargs, "mask_function": _sees(window, front)}
 
-    def of(numbers: jax.Array) -> SplashAttentionKernel:
+    def of(numbers: Any) -> SplashAttentionKernel:
         forward, back = (MaskInfo(at[None], None, _small(seen)[None], None, numbers) for at in (by_key, by_query))
         return SplashAttentionKernel(forward, forward, back, **settings)
 
@@ -119,23 +120,18 @@ def _small(x: jax.Array) -> jax.Array:
 @functools.cache  # a kernel is known by this function: the same one for the same mask
 def _sees(window: int | None, front: int) -> Callable:
     """(what the mask asks of queries, keys' numbers) -> which they see; segments are compared elsewhere, or in here."""
-    if front:
 
-        def sees(asked, key):
-            own, begun = asked & (FAR - 1), jax.lax.shift_right_logical(asked, 16)
-            return (key <= own) & ((key >= begun) | (key < front))
+    def behind_virtual(asked, key):
+        own, begun = asked & (FAR - 1), jax.lax.shift_right_logical(asked, 16)
+        return (key <= own) & ((key >= begun) | (key < front))
 
-    elif window is not None:
+    def causal(own, key):
+        return key <= own
 
-        def sees(own, key):
-            return (key <= own) & (own - key < window)
+    def in_window(own, key):
+        return (key <= own) & (own - key < window)
 
-    else:
-
-        def sees(own, key):
-            return key <= own
-
-    return sees
+    return behind_virtual if front else causal if window is None else in_window
 
 
 def _padded(x: jax.Array, to: int, axis: int = 0) -> jax.Array:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 EVERYWHERE = -1  # a segment that all others see
@@ -26,6 +27,11 @@ class Where:
     k_segments: jax.Array
     rows: NamedSharding | None = None
     front: int | None = None
+
+    @classmethod
+    def both_ways(cls, positions: jax.Array, segments: jax.Array) -> Where:
+        """Every token sees all of its segment: no key is later than any query."""
+        return cls(positions, segments, jnp.zeros_like(positions), segments)
 
 
 ARRAYS = ("q_positions", "q_segments", "k_positions", "k_segments")
