@@ -82,7 +82,7 @@ def test_packing_reads_a_process_s_own_shards(folder, monkeypatch):
     assert up == [(96, 64)] * 2  # [out, in] in the file
 
 
-SCRIPT = """
+START = """
 import json, sys, threading, time
 import jax, jax.numpy as jnp
 from peftax import models, weights, sharding
@@ -108,11 +108,28 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 
+def load():
+    return weights.load(folder, shapes, shardings=tree.unflatten(lies))
+
 jnp.zeros(8).block_until_ready()
 before = anonymous()
 watcher = threading.Thread(target=watch)
+"""
+LOAD = """
 watcher.start()
-params = weights.load(folder, shapes, shardings=tree.unflatten(lies))
+params = load()
+"""
+MERGE = """
+from peftax import methods
+from peftax.core import folding
+params = load()
+method = methods.make("lora", rank=4, targets="all-linear")
+part = method.init(jax.random.key(0), params, found)
+watcher.start()
+shapes, read = folding.by_layer(method, tree.merge(*part), found)
+weights.save(shapes, config, folder + "-folded", read=read)
+"""
+END = """
 done = True
 watcher.join()
 held = sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
@@ -146,10 +163,10 @@ def written(folder, hidden, wide, layers):
     return 2 * wide * hidden
 
 
-def measured(folder, rules, grid):
-    """A load in a process of its own: bytes of anonymous memory at its peak, and of the arrays."""
+def measured(folder, rules, grid, what=LOAD):
+    """A load, or a merge, in a process of its own: bytes of anonymous memory at its peak, and of the arrays."""
     args = json.dumps([str(folder), rules, grid])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", START + what + END, args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -168,3 +185,13 @@ def test_70b_shapes_take_less_than_two_tensors_of_the_host(tmp_path, rules):
         found = measured(tmp_path / "base", rules, grid)
         print(rules and "nf4", grid, {k: f"{v / 2**20:,.0f} MiB" for k, v in {**found, "tensor": tensor}.items()})
         assert found["peak"] < found["held"] + 2 * tensor
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_merge_holds_the_base_and_one_kernel(tmp_path):
+    """Eight layers of Llama-3.1-8B's shapes in NF4: a few copies of one kernel in f32, not the folded model."""
+    tensor = written(tmp_path / "base", 4096, 14336, 8)
+    found = measured(tmp_path / "base", NF4, {"fsdp": -1}, MERGE)
+    print({k: f"{v / 2**20:,.0f} MiB" for k, v in {**found, "tensor": tensor}.items()})
+    assert found["peak"] < found["held"] + 7 * 2 * tensor  # of two bytes; the model is 30
