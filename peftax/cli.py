@@ -434,7 +434,7 @@ def merge(args) -> None:
     from peftax.train import evaluate as scores
     from peftax.train import setup
 
-    base = _base(args)
+    base = _base(args, param_dtype=None)  # what is written is as wide as what was read
     run = setup.attach(base, *args.adapter, weights=args.weights)
     if stays := [piece.name for piece in parts(run.method) if piece.fold is None]:
         raise ValueError(
@@ -581,13 +581,13 @@ def _literal(text: str):
         raise argparse.ArgumentTypeError(f"{text!r} is no literal; want (('_proj', {{'fmt': 'nf4'}}),)") from None
 
 
-def _base(args, adapter: str | None = None):
+def _base(args, adapter: str | None = None, **how):
     """The base, with the tables that this adapter's folder, or the command's first, grew."""
     from peftax.train import setup
 
     adapter = args.adapter if adapter is None else adapter
     adapter = adapter[0] if isinstance(adapter, list) else adapter
-    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=adapter)
+    return setup.open_base(path=args.base, dtype=args.dtype, quantize=args.quantize, adapter=adapter, **how)
 
 
 def _attached(base, args, tasks=()):

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from peftax import cli
 from peftax.train import setup
@@ -123,6 +126,22 @@ def test_a_chains_folder_from_training_to_verify(files, tmp_path, capsys):
     assert note in capsys.readouterr().err
     assert cli.main(["merge", "--base", str(base), "--adapter", str(again), "--into", str(tmp_path / "m")]) == 1
     assert "prefix+adapter is no change of weights" in capsys.readouterr().err
+
+
+def test_a_merged_checkpoint_is_as_wide_as_its_base(files, run, tmp_path, capsys):
+    """In bf16: the f32 fold of the same numbers, rounded once."""
+    wide, narrow, adapter = tmp_path / "wide", tmp_path / "narrow", str(run / "adapter")
+    half = {k: x.astype(ml_dtypes.bfloat16) for k, x in load_file(files[0] / "model.safetensors").items()}
+    for folder, kind in ((wide, np.float32), (narrow, ml_dtypes.bfloat16)):
+        shutil.copytree(files[0], folder)
+        save_file({k: np.ascontiguousarray(x.astype(kind)) for k, x in half.items()}, folder / "model.safetensors")
+        into = f"--into={folder}_merged"
+        assert cli.main(["merge", "--base", str(folder), "--adapter", adapter, into]) == 0
+    exact, rounded = (load_file(Path(f"{folder}_merged") / "model.safetensors") for folder in (wide, narrow))
+    assert exact.keys() == rounded.keys()
+    for key, x in exact.items():
+        assert rounded[key].dtype == ml_dtypes.bfloat16, key
+        np.testing.assert_array_equal(rounded[key], x.astype(ml_dtypes.bfloat16), err_msg=key)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import functools
 import importlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def outline(
     scan: bool = True,
     remat: str = "none",
     dtype: str = "float32",
-    param_dtype: str = "float32",
+    param_dtype: str | None = "float32",
     quantize: quantization.Rules = (),
     kernel: str = "auto",
     attention: str = "auto",
@@ -110,6 +111,7 @@ def outline(
 ) -> Base:
     """A base model whose files are opened but whose weights are shapes: `config.model` splatted, and `config.mesh`.
 
+    param_dtype: None: the file's own.
     adapter: a folder; where its tokenizer has more tokens than the base's, it takes the base's place; of a classifier
       it says labels and pooling.
     files: what to take in place of the files at `path`: shapes alone, for one.
@@ -132,7 +134,7 @@ def outline(
     how = {"labels": len(named), "pooling": config.get(POOLING)} if named else {}
     try:
         how |= {"scan": scan, "remat": remat, "attention": _attention(attention, made)}
-        model = models.build(config, dtype=dtype, param_dtype=param_dtype, **how)
+        model = models.build(config, dtype=dtype, param_dtype=param_dtype or _most_common(opened), **how)
     except ValueError as error:
         raise ValueError(f"{opened.path}: {error}") from error
     shapes = models.abstract(model)
@@ -165,6 +167,12 @@ def _classifier(
         raise ValueError(f"config.model.labels {labels!r}: want a number above 1, or names that differ")
     more = {"id2label": {str(i): n for i, n in enumerate(named)}, "label2id": {n: i for i, n in enumerate(named)}}
     return {**config, **more, **({POOLING: pooling} if pooling else {})}, named
+
+
+def _most_common(files: weights.Source) -> str:
+    """The type of most of a file's tensors of numbers."""
+    kinds = Counter(str(kind) for kind in map(files.dtype, files.names()) if jnp.issubdtype(kind, jnp.floating))
+    return kinds.most_common(1)[0][0] if kinds else "float32"
 
 
 def _attention(wanted: str, mesh: Mesh) -> str:
