@@ -200,21 +200,34 @@ def run(
         raise ValueError(f"engine {on} has no setting {wrong[0]!r}; the nearest: {tree.nearest(wrong[0], known)}")
     folders = lay_out(name_or_path, workdir, overrides)
     wanted = [f for f in folders if status(f) in ("waiting", "stopped") or (retry and status(f) == "failed")]
-    for folder in wanted:
-        (folder / "error.txt").unlink(missing_ok=True)
-    groups = populations(wanted, together) + _grouped([f for f in folders if unread(f)], _source, together)
+    trained = populations(wanted, together)
+    for group in trained:
+        if all(status(f) != "stopped" for f in group):  # else what failed stands still while its population goes on
+            for folder in group:
+                (folder / "error.txt").unlink(missing_ok=True)
+    groups = trained + _grouped([f for f in folders if unread(f)], _source, together)
     if groups:
         submit({group[0]: command(*group) for group in groups}, Path(workdir), **how)
     return {folder: status(folder) for folder in folders}
 
 
 def populations(folders: Sequence[Path], most: int) -> list[list[Path]]:
-    """Members that may train in one program, side by side; those that cannot, or have begun by themselves, alone."""
+    """Members that may train in one program, side by side; those that cannot, or have begun by themselves, alone.
+
+    A population that has a checkpoint goes on as it was, with those of it that have failed: they stand still there.
+    """
     from peftax.train import population
 
+    def begun(folder: Path) -> list[Path]:
+        """The population in which a member has begun, where that is not at its end."""
+        file = folder / "environment.json"
+        group = [folder.parent / name for name in (read_json(file) if file.exists() else {}).get("population", ())]
+        there = group and any((_of_population(group) / "checkpoints").glob("[0-9]*"))
+        return group if there and not any(status(f) == "finished" for f in group) else []
+
     def kind(folder: Path) -> str | None:
-        begun = folder / "environment.json"
-        if most < 2 or (begun.exists() and "population" not in read_json(begun)):
+        file = folder / "environment.json"
+        if most < 2 or (file.exists() and "population" not in read_json(file)):
             return None
         config = config_of(folder)
         if population.together([config, config]) is not None:
@@ -222,7 +235,14 @@ def populations(folders: Sequence[Path], most: int) -> list[list[Path]]:
         fixed = {k: v for k, v in recipe.flat(config).items() if k not in population.FREE}
         return json.dumps(fixed, sort_keys=True)
 
-    return _grouped(folders, kind, most)
+    on = {str(group): group for group in map(begun, folders) if group}
+    gone_on = {folder for group in on.values() for folder in group}
+    return [*on.values(), *_grouped([f for f in folders if f not in gone_on], kind, most)]
+
+
+def _of_population(folders: Sequence[Path]) -> Path:
+    """Where a population's checkpoints lie."""
+    return folders[0].parent / "populations" / f"{zlib.crc32(','.join(f.name for f in folders).encode()):08x}"
 
 
 def _grouped(folders: Sequence[Path], kind: Callable[[Path], str | None], most: int) -> list[list[Path]]:
@@ -279,9 +299,8 @@ def run_together(folders: Sequence[str | Path]) -> None:
         for folder in folders:
             locks.enter_context(_held(folder / ".lock"))
             write_json(folder / "environment.json", {**environment(), "population": names})
-        workdir = folders[0].parent / "populations" / f"{zlib.crc32(','.join(names).encode()):08x}"
         try:
-            found = population.train([config_of(f) for f in folders], folders, workdir)
+            found = population.train([config_of(f) for f in folders], folders, _of_population(folders))
         except Exception:
             for folder in folders:
                 (folder / "error.txt").write_text(traceback.format_exc())

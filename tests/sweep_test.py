@@ -181,6 +181,23 @@ def test_members_that_may_train_in_one_program(here, tmp_path, one_device):
     assert sweep.populations(folders[3:] + [alone], 8)[-1] == [alone]  # it began by itself
 
 
+def test_a_population_goes_on_as_it_was(here, tmp_path):
+    """With a member that failed in it; not where it has no checkpoint, and not where it has ended."""
+    folders = sweep.lay_out(recipe_file(here, "on"), tmp_path / "w")
+    first, names = folders[:3], [f.name for f in folders[:3]]
+    for folder in first:
+        (folder / "environment.json").write_text(json.dumps({"population": names}))
+    (first[1] / "error.txt").write_text("FloatingPointError: step 2\n")
+    stopped = [first[0], first[2], *folders[3:]]
+    assert sweep.populations(stopped, 8) == [[first[0], first[2]], folders[3:]]
+    (sweep._of_population(first) / "checkpoints" / "4").mkdir(parents=True)
+    assert sweep.populations(stopped, 8) == [first, folders[3:]]
+    assert sweep.populations(stopped, 1)[0] == first  # its checkpoint is of all
+    for folder in (first[0], first[2]):
+        (folder / "result.json").write_text("{}")
+    assert sweep.populations([first[1]], 8) == [[first[1]]]  # tried again
+
+
 class _Here:
     """A member that has run in this process."""
 
