@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = None  # of a hub data set that has several configurations
     config.data.train_split = "train"  # of a source that has splits
     config.data.valid_split = "train"
-    config.data.test_split = "train"
+    config.data.test_split = "train"  # the same
     config.data.length = 1024  # context, tokens
     config.data.train_length = None  # of training rows, where it should be less than the context: short rows are cheap
     config.data.policy = "drop"  # an example above it: "drop" | "truncate" | "error"

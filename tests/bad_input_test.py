@@ -121,7 +121,7 @@ BASES = {
     "config cut short": (lambda base: cut(base / "config.json"), ["config.json: no valid JSON"]),
     "unknown architecture": (
         lambda base: edit_config(base, model_type="gpt9"),
-        ["base: model_type 'gpt9' has no backbone here; there are llama"],
+        ["base: model_type 'gpt9' has no backbone here; there are bert, llama"],
     ),
     "unknown activation": (
         lambda base: edit_config(base, hidden_act="swoosh"),

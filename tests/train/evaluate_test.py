@@ -87,9 +87,9 @@ def test_nll_compiles_once_for_a_shape_and_takes_an_injected_apply():
     part = method.init(jax.random.key(0), params(), found)
     whole = tree.merge(part.frozen, part.trainable)
     adapted = evaluate.nll(apply, whole, pad(es, 11), batch_size=2)
-    programs = evaluate._token_losses._cache_size()
+    programs = evaluate._at_tokens._cache_size()
     evaluate.nll(apply, jax.tree.map(lambda x: x * 2, whole), pad(es[:4], 11), batch_size=2)
-    assert evaluate._token_losses._cache_size() == programs
+    assert evaluate._at_tokens._cache_size() == programs
     base = evaluate.nll(MODEL.apply, params(), pad(es, 11), batch_size=2)
     np.testing.assert_allclose(adapted["nll"], base["nll"], rtol=1e-5)  # B is zero
     assert set(base["per_row"]) == {"nll"} and "nll_values" not in base
