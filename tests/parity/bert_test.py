@@ -91,6 +91,7 @@ def test_logits_of_a_classifier(saved, scan):
         start += len(part)
 
 
+@pytest.mark.slow  # the real weights and sentences, from the package index
 def test_minilm():
     base = setup.open_base(path=MINILM)
     reference = transformers.BertModel.from_pretrained(base.path, attn_implementation="eager").eval()
