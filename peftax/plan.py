@@ -109,6 +109,8 @@ def plan(
 
     Raises ValueError where a compiler is missing, and says what to install.
     """
+    if members < 1:
+        raise ValueError(f"members {members}: want 1, or how many runs of a sweep train in one program")
     run = sketch(config, machine)
     made = programs.training(run, config)
     every = programs.every(run, config, made, only)

@@ -71,6 +71,8 @@ def test_members_share_the_base(model):
     assert four.kinds["adapters"] == 4 * one.kinds["adapters"] >= 16 * one.trainable
     assert four.tokens == 4 * one.tokens
     assert abs(four.programs["step"].flops - 4 * one.programs["step"].flops) < 0.01 * four.programs["step"].flops
+    with pytest.raises(ValueError, match="members 0: want 1"):
+        plan.plan(config, machines.named("cpu:1"), members=0)
     assert one.programs["step"].packed <= four.programs["step"].packed < 1.2 * one.programs["step"].packed
 
 

@@ -48,11 +48,16 @@ def rows_of(
         row = {k: str(v) for k, v in {**cell, **make(cell)}.items()}
         print(row, file=sys.stderr)
         found.append(row)
-        with file.open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(found[0]))
-            writer.writeheader()
-            writer.writerows(found)
+        write(file, found)
     return found
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as CSV."""
+    with file.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def planned(config: str, topology: str, *overrides: str, programs: str = "step") -> dict[str, Any]:

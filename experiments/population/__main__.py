@@ -9,7 +9,6 @@ The second compiles for a machine that is not here: make .venv-aot/.installed. E
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.planner.__main__ import write as table
 from experiments.speed.__main__ import machine, race
 from experiments.speed.side import WARM
 
@@ -112,10 +112,7 @@ def write(file: Path, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         print(row, file=sys.stderr)
         found.append(row)
-        with file.open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(found[0]))
-            writer.writeheader()
-            writer.writerows(found)
+        table(file, found)
     return found
 
 
