@@ -109,6 +109,8 @@ def plan(
 
     Raises ValueError where a compiler is missing, and says what to install.
     """
+    if tokens is not None and only and "step" not in only:
+        raise ValueError(f"programs {', '.join(only)}: the time of {tokens:,} tokens wants step among them")
     if members < 1:
         raise ValueError(f"members {members}: want 1, or how many runs of a sweep train in one program")
     run = sketch(config, machine)

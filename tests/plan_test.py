@@ -73,6 +73,8 @@ def test_members_share_the_base(model):
     assert abs(four.programs["step"].flops - 4 * one.programs["step"].flops) < 0.01 * four.programs["step"].flops
     with pytest.raises(ValueError, match="members 0: want 1"):
         plan.plan(config, machines.named("cpu:1"), members=0)
+    with pytest.raises(ValueError, match="programs merge: the time of 1,000 tokens wants step"):
+        plan.plan(config, machines.named("cpu:1"), only=("merge",), tokens=1000)
     assert one.programs["step"].packed <= four.programs["step"].packed < 1.2 * one.programs["step"].packed
 
 
