@@ -31,6 +31,8 @@ from peftax.train import evaluate, loop, optimizers, programs, setup, writers
 from peftax.train.step import State, plain_step
 from peftax.weights.checkpoint import Checkpoints
 
+CPU_TOKENS = 512  # that meet the base at once there: more are no quicker, and leave the caches
+
 FREE = {  # keys of a config in which members may differ
     "optimizer.learning_rate",
     "method.alpha",
@@ -142,7 +144,8 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
     state = jax.eval_shape(functools.partial(_states, run, config), rates, trainable)
     theta = jax.eval_shape(stack, [_split(r.part.frozen, base)[1] for r in runs])
     places = _in_front(programs.training(run, config).places)
-    step = jax.jit(jax.vmap(one, axes), donate_argnums=2, out_shardings=(places, None))
+    most = CPU_TOKENS if base.mesh.devices.flat[0].platform == "cpu" else math.inf
+    step = jax.jit(_in_turn(one, axes, len(runs), most), donate_argnums=2, out_shardings=(places, None))
     return Population(
         runs,
         programs.placed(frozen, base.places(frozen, method)),
@@ -165,6 +168,34 @@ def program(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> programs.
     numbers = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (found.rates, found.seeds))
     args = (*numbers, found.state, found.theta, batch, found.base)
     return programs.Program(found.step, args, found.state, tree.merge(found.base, found.theta))
+
+
+def _in_turn(one: Any, axes: Sequence[int | None], members: int, most: float) -> Any:
+    """The step of one member as one of all: together those whose tokens are `most` at most, one group after another.
+
+    States change in place.
+    """
+    some = jax.vmap(one, axes)
+
+    def step(rates, seeds, state, theta, batch, frozen):
+        shared = axes[4] is None
+        tokens = batch["tokens"].size // (1 if shared else members)
+        count = max(n for n in range(1, members + 1) if members % n == 0 and (n == 1 or n * tokens <= most))
+        if count == members:
+            return some(rates, seeds, state, theta, batch, frozen)
+
+        def group(state, at):
+            def of(tree):
+                return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, count), tree)
+
+            after, metrics = some(*of((rates, seeds, state, theta)), batch if shared else of(batch), frozen)
+            state = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0), state, after)
+            return state, metrics
+
+        state, metrics = jax.lax.scan(group, state, jnp.arange(0, members, count))
+        return state, jax.tree.map(lambda x: x.reshape(members, *x.shape[2:]), metrics)
+
+    return step
 
 
 def _states(run: setup.Run, config: Mapping[str, Any], rates: jax.Array, trainable: Sequence[Any]) -> State:

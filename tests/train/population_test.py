@@ -31,6 +31,12 @@ def here(tmp_path_factory):
     return tiny_run.base_folder(into / "base"), tiny_run.data_file(into / "rows.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def all_at_once(monkeypatch):
+    """As on an accelerator."""
+    monkeypatch.setattr(population, "CPU_TOKENS", float("inf"))
+
+
 def config_of(here, name, **more):
     keys = {"method.name": name, **METHODS[name], **{k.replace("__", "."): str(v) for k, v in more.items()}}
     return tiny_run.config(*here, **{k.replace(".", "__"): v for k, v in keys.items()})
@@ -112,6 +118,45 @@ def test_ranks_and_alphas_in_one_program(here):
         for path, x in tree.flatten(members.state.trainable).items():
             beyond = x[i, :, :, rank:] if path.endswith("/a") else x[i, :, rank:]
             assert not beyond.any(), path
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups_of_members_take_the_same_steps(here, monkeypatch, shared):
+    """Four members, two at a time, as all at once: losses and leaves of two steps, dropout's too."""
+    configs = [
+        config_of(here, "lora", **{"optimizer.learning_rate": rate, "train.dropout_seed": i, "data.seed": i})
+        for i, rate in enumerate((1e-3, 1e-2, 3e-2, 0.1))
+    ]
+    base = base_of(configs[0])
+    batches = [setup.train_batches(base, c["data"], batch_size=8, accumulate=1) for c in configs]
+    steps = [[next(b) for b in batches] for _ in range(2)]
+    found = {}
+    for most in (float("inf"), 2 * steps[0][0]["tokens"].size):
+        monkeypatch.setattr(population, "CPU_TOKENS", most)
+        members, losses = population.make(base, configs, shared_batch=shared), []
+        for rows in steps:
+            batch = rows[0] if shared else {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+            members.state, metrics = members.step(
+                members.rates, members.seeds, members.state, members.theta, batch, members.base
+            )
+            losses.append(metrics["loss"])
+        found[most] = np.asarray(losses), members.state.trainable
+    (losses, leaves), (in_turn, also) = found.values()
+    np.testing.assert_allclose(in_turn, losses, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, atol=1e-5), leaves, also)
+
+
+@pytest.mark.parametrize("most, groups", [(8, 6), (15, 6), (20, 3), (36, 2), (60, None)])
+def test_as_many_members_meet_the_base_at_once_as_divide_them(most, groups):
+    """Six members of ten tokens each."""
+
+    def one(rate, seed, state, theta, batch, frozen):
+        return state + rate * theta, {"loss": batch["tokens"].sum() * frozen}
+
+    step = population._in_turn(one, (0, 0, 0, 0, 0, None), 6, most)
+    many = jnp.ones(6)
+    text = str(jax.make_jaxpr(step)(many, many, many, many, {"tokens": jnp.ones((6, 2, 5))}, 1.0))
+    assert f"length={groups}" in text if groups else "scan" not in text
 
 
 @pytest.mark.parametrize("name", ["dora", "hira", "loha"])
