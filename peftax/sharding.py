@@ -138,14 +138,18 @@ def _scanned(path: str, sites: Sites) -> int:
 def of_leaf(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
     """The NamedSharding of a leaf; of a packed weight one for each of its arrays, that lie as the kernel lies.
 
-    An axis that cannot be split stays whole: of scales, when a device's share would be less than a group.
+    Scales of groups that a device's share would cut lie over the columns instead. An axis that cannot be split stays
+    whole.
     """
     if not isinstance(leaf, QTensor):
         return NamedSharding(mesh, spec)
     *lead, n_in, n_out = [*spec, *(None,) * (leaf.ndim - len(spec))]
+    of_groups, blocks = (n_in, None, n_out), leaf.scale.shape[-3]
+    if blocks > 1 and n_out is None and _fitting(mesh, n_in, blocks) is None:
+        of_groups = (None, None, n_in)
 
     def place(name: str, x: Any) -> NamedSharding:
-        axes = {"packed": (n_in, n_out), "scale": (n_in, None, n_out), "low": (n_in, None, n_out)}.get(name, ())
+        axes = {"packed": (n_in, n_out), "scale": of_groups, "low": of_groups}.get(name, ())
         axes = [*lead, *axes, *(None,) * (x.ndim - len(lead) - len(axes))]
         return NamedSharding(mesh, PartitionSpec(*(_fitting(mesh, a, n) for a, n in zip(axes, x.shape, strict=True))))
 

@@ -127,7 +127,8 @@ def test_parts_of_a_packed_weight_lie_as_its_kernel():
     assert lies.packed.spec == P(None, "tensor", "fsdp") and lies.scale.spec == P(None, "tensor", None, "fsdp")
     assert lies.nested.is_fully_replicated and lies.offset.is_fully_replicated
     both = sharding.of_leaf(w, P(None, ("fsdp", "tensor"), None), mesh)
-    assert both.packed.spec[1] == ("fsdp", "tensor") and both.scale.spec[1] is None  # 4 groups on 8 devices
+    assert both.packed.spec[1] == ("fsdp", "tensor")
+    assert both.scale.spec == P(None, None, None, ("fsdp", "tensor"))  # 4 groups on 8 devices: over the columns
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -100,10 +100,10 @@ def lora(
             low = matmul(x, theta["a"])
         else:
             low = narrow(ctx.drop(x, dropout), theta["a"])
-        update = narrow(low, theta["b"])
+        update = narrow(low * theta["scale"], theta["b"])  # scaled while short: slopes need no copy of dy
         if "c" in theta:
-            update = update + last(theta["c"], update)
-        return linear(x, k.w, k.b) + update * theta["scale"]
+            update = update + last(theta["c"] * theta["scale"], update)
+        return linear(x, k.w, k.b) + update
 
     def fold(theta, k: Kernel) -> Kernel:
         w = k.w + theta["scale"] * (theta["a"] @ theta["b"])

@@ -74,6 +74,7 @@ def _in_tiles(x, w: QTensor, *, transposed: bool, tile: int):
         return jax.lax.dynamic_update_slice_in_dim(y, own, at * tile, 1)
 
     width = k if transposed else n
-    # zeros that hang on the weight: else the compiler keeps some for all layers and products, and copies them for each
-    w, zero = jax.lax.optimization_barrier((w, jnp.zeros((), x.dtype)))
+    # zeros that hang on the weight: else the compiler keeps some for all layers and products, and copies them for each;
+    # and on x: else they lie there, as large as y, before it is made
+    x, w, zero = jax.lax.optimization_barrier((x, w, jnp.zeros((), x.dtype)))
     return jax.lax.fori_loop(0, width // tile, one, jnp.broadcast_to(zero, (x.shape[0], width)))
