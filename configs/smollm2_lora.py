@@ -1,4 +1,4 @@
-"""LoRA on SmolLM2-135M-Instruct for function calling: what `make quickstart` runs."""
+"""LoRA on SmolLM2-135M-Instruct for function calling: `make quickstart`. The sweep: ranks over learning rates."""
 
 import ml_collections
 from peftax.configs import default
@@ -22,3 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.eval_every = 40
     config.train.save_every = 40
     return config
+
+
+def sweep(add):
+    for rank in (4, 16, 64):
+        for rate in (3e-4, 1e-3, 3e-3):
+            add({"method.rank": rank, "optimizer.learning_rate": rate})

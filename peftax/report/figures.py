@@ -102,7 +102,7 @@ def heat(table: pd.DataFrame, choices: Sequence[Choice]) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
-def draw_heat(data: pd.DataFrame):
+def draw_heat(data: pd.DataFrame, rows: str = "rank"):
     from matplotlib import pyplot
 
     arms = list(dict.fromkeys(data.arm))
@@ -111,11 +111,11 @@ def draw_heat(data: pd.DataFrame):
     )
     low, high = data.valid.min(), data.valid.quantile(0.9)
     for axes, arm in zip(fields[0], arms, strict=True):
-        grid = data[data.arm == arm].pivot(index="rank", columns="learning rate", values="valid")
+        grid = data[data.arm == arm].pivot(index=rows, columns="learning rate", values="valid")
         image = axes.imshow(grid.values, aspect="auto", origin="lower", vmin=low, vmax=high, cmap="viridis_r")
         axes.set_xticks(range(len(grid.columns)), [f"{x:g}" for x in grid.columns], rotation=45)
         axes.set_yticks(range(len(grid.index)), [f"{x:g}" for x in grid.index])
-        axes.set(xlabel="learning rate", ylabel="rank", title=arm)
+        axes.set(xlabel="learning rate", ylabel=rows, title=arm)
         for (i, j), value in np.ndenumerate(grid.values):
             if np.isfinite(value):
                 color = "white" if value > (low + high) / 2 else "black"  # on what is dark

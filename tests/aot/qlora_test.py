@@ -92,7 +92,7 @@ def test_70b_on_one_a100(name):
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES])
 def case(request):
     """(the case, its packed weights with their places, its arguments, the compiled program)"""
     case = CASES[request.param]
