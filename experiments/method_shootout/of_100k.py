@@ -1,0 +1,8 @@
+"""The methods at 100k numbers."""
+
+from experiments.method_shootout import arms
+from experiments.method_shootout.arms import get_config as get_config
+
+
+def sweep(add):
+    arms.add_all(add, "100k")

@@ -1,0 +1,8 @@
+"""The methods at 5M numbers."""
+
+from experiments.method_shootout import arms
+from experiments.method_shootout.arms import get_config as get_config
+
+
+def sweep(add):
+    arms.add_all(add, "5M")
