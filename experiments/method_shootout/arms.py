@@ -5,9 +5,13 @@ from peftax.configs import smollm2_lora
 
 RATE = "optimizer.learning_rate"
 FIXED = 1e-3  # in every grid
-LOW, MIDDLE, HIGH = (1e-5, 1e-4, 3e-4, FIXED), (3e-4, FIXED, 3e-3, 1e-2), (FIXED, 1e-2, 3e-2, 1e-1)
+GRIDS = {  # around the rates that the methods' files advise
+    **dict.fromkeys(("full",), (1e-5, 1e-4, 3e-4, FIXED)),
+    **dict.fromkeys(("ia3", "ln_tuning", "vera", "vblora", "prompt", "prefix", "fourierft"), (FIXED, 1e-2, 3e-2, 1e-1)),
+    **dict.fromkeys(("c3a",), (FIXED, 1e-1, 3e-1, 1.0)),
+}
+GRID = (3e-4, FIXED, 3e-3, 1e-2)  # of the others
 FEW = {"targets": ["q_proj", "v_proj"]}
-HIGHER = {"ia3", "ln_tuning", "vera", "prompt", "p_tuning", "prefix", "fourierft", "c3a", "vblora", "shira"}
 SIZES = {  # numbers that train: {method: settings}; native: of methods that reach no other
     "native": {
         "prompt": {"length": 20},
@@ -82,5 +86,5 @@ def settings(size: str, method: str) -> dict:
 
 def add_all(add, size: str) -> None:
     for method in SIZES[size]:
-        for rate in LOW if method == "full" else HIGH if method in HIGHER else MIDDLE:
+        for rate in GRIDS.get(method, GRID):
             add({**settings(size, method), RATE: rate})
