@@ -6,9 +6,9 @@ from peftax.configs import smollm2_lora
 RATE = "optimizer.learning_rate"
 FIXED = 1e-3  # in every grid
 GRIDS = {  # around the rates that the methods' files advise
-    **dict.fromkeys(("full",), (1e-5, 1e-4, 3e-4, FIXED)),
+    "full": (1e-5, 1e-4, 3e-4, FIXED),
+    "c3a": (FIXED, 1e-1, 3e-1, 1.0),
     **dict.fromkeys(("ia3", "ln_tuning", "vera", "vblora", "prompt", "prefix", "fourierft"), (FIXED, 1e-2, 3e-2, 1e-1)),
-    **dict.fromkeys(("c3a",), (FIXED, 1e-1, 3e-1, 1.0)),
 }
 GRID = (3e-4, FIXED, 3e-3, 1e-2)  # of the others
 FEW = {"targets": ["q_proj", "v_proj"]}
