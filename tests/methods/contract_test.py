@@ -22,7 +22,7 @@ from peftax.train import loss, optimizers
 from peftax.train.step import State, make_step, state_shardings
 from tests.methods import tiny
 
-REORDERED = 2e-5  # sums in another order: of full's biases, which cancel, they are 1.3e-5 apart on some CPUs
+REORDERED = {"full": 2e-5}  # its biases' slopes cancel: sums in another order are 1.3e-5 apart on some CPUs; else 1e-5
 STEPS = 20
 causal_lm = functools.partial(loss.causal_lm, chunk=8)  # 22 positions: two chunks and a padded third
 
@@ -284,7 +284,7 @@ def test_5_devices_sgd(case, devices):
         pytest.skip("the mesh's shape is tried once, with the first method")
     losses, first, _ = case.sgd("1")
     losses_8, first_8, _ = case.sgd(devices)
-    tiny.close(first, first_8, REORDERED)
+    tiny.close(first, first_8, REORDERED.get(case.name, 1e-5))
     np.testing.assert_allclose(losses_8, losses, rtol=1e-5)
     assert abs(losses[-1] - losses[0]) > 1e-3 * losses[0]
 
@@ -292,7 +292,7 @@ def test_5_devices_sgd(case, devices):
 def test_5_devices_adam(case):
     losses, first, _ = case.adam("1")
     losses_8, first_8, _ = case.adam("2x4")
-    tiny.close(first, first_8, REORDERED)
+    tiny.close(first, first_8, REORDERED.get(case.name, 1e-5))
     np.testing.assert_allclose(losses_8, losses, rtol=1e-4)
 
 
@@ -388,7 +388,7 @@ def test_9_accumulation(case):
     losses, first, _ = case.train(optax.sgd(0.1), batch=micro, accumulate=2)
     value, gradients = case.gradient(dropout=False)()
     assert abs(losses[0] - value) <= 1e-6 * value
-    tiny.close(first, gradients, REORDERED)
+    tiny.close(first, gradients, REORDERED.get(case.name, 1e-5))
 
 
 def test_9_packing(case):
