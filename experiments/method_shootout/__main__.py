@@ -1,6 +1,6 @@
 """Which method is best, at one learning rate for all and at each method's own?
 
-  python -m experiments.method_shootout --workdir=runs/method_shootout [--sizes=native,100k,1M,5M]
+  python -m experiments.method_shootout --workdir=runs/method_shootout [--sizes native 100k 1M 5M]
 
 First all methods with one seed, at every size: grids grow until best rates lie inside. Then the best twelve with two
 more seeds: test, and what they have forgotten of other English. Writes report.md and CSV and PNG files into --into (by
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/method_shootout"))
     parser.add_argument("--into", type=Path, default=HERE)
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     choices = {}
-    for size in args.sizes.split(","):
+    for size in args.sizes:
         finished(selection.run(str(HERE / RECIPES[size]), args.workdir / size, together=4))
         for choice in results.choose(results.load(args.workdir / size)):
             choices[size, choice.arm["method.name"]] = choice
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished(selection.run(str(HERE / "seeds.py"), again(args.workdir, size, method), pairs, measures=OTHER))
     args.into.mkdir(parents=True, exist_ok=True)
     repeated = {at: results.load(again(args.workdir, *at)) for at in best}
-    print(write(choices, results.load(*(args.workdir / s for s in args.sizes.split(","))), repeated, args.into))
+    print(write(choices, results.load(*(args.workdir / s for s in args.sizes)), repeated, args.into))
 
 
 def again(workdir: Path, size: str, method: str) -> Path:
