@@ -63,9 +63,12 @@ def test_seconds_and_cost_at_peaks():
 
 
 def test_members_share_the_base(model):
-    """Adapters and their optimizers are there for each; the base is there, and its packed codes are read, once."""
+    """Adapters and their optimizers are there for each; the base is there, and its packed codes are read, once.
+
+    Four members of 128 tokens meet it at once on a CPU (train/population.py's CPU_TOKENS); of 256, in two groups.
+    """
     config = config_of(model, ("model.quantize", '(("_proj/kernel$", {"fmt": "nf4", "group": 64}),)'))
-    config["train"]["batch_size"] = 1
+    config["train"]["batch_size"], config["data"]["length"] = 1, 128
     one, four = (plan.plan(config, machines.named("cpu:1"), only=("step",), members=n) for n in (1, 4))
     assert four.kinds["base"] == one.kinds["base"]
     assert four.kinds["adapters"] == 4 * one.kinds["adapters"] >= 16 * one.trainable
@@ -76,6 +79,9 @@ def test_members_share_the_base(model):
     with pytest.raises(ValueError, match="programs merge: the time of 1,000 tokens wants step"):
         plan.plan(config, machines.named("cpu:1"), only=("merge",), tokens=1000)
     assert one.programs["step"].packed <= four.programs["step"].packed < 1.2 * one.programs["step"].packed
+    config["data"]["length"] = 256
+    groups = plan.plan(config, machines.named("cpu:1"), only=("step",), members=4)
+    assert 2 * one.programs["step"].packed <= groups.programs["step"].packed < 2.2 * one.programs["step"].packed
 
 
 def test_another_programs_operations(model):
