@@ -61,7 +61,7 @@ test: $(MAIN)
 
 # Against torch, transformers and Hugging Face PEFT.
 parity: $(PARITY)
-	.venv-parity/bin/python $(PYTEST) -m "parity and not slow and not cluster" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-parity/bin/python $(PYTEST) -n 2 --dist loadfile -m "parity and not slow and not cluster" $(ARGS)
 
 # Compiles for TPUs and GPUs that are not here.
 aot: $(AOT)

@@ -1,5 +1,6 @@
 """Every test sees 8 CPU devices and strict ranks; set before JAX looks for devices."""
 
+import gc
 import os
 import sys
 from importlib import metadata
@@ -12,6 +13,7 @@ if not any("aot" in argument for argument in sys.argv) and metadata.version("jax
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay: looking at all of them again costs a sixth
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -10,7 +10,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -55,27 +54,11 @@ def base(kind):
     return quantization.quantize(tree.unflatten(flat), RULES[kind], SITES)
 
 
-def either() -> optax.GradientTransformation:
-    """SGD, or Adam where a number in its state says so: one program for both. It remembers the gradient."""
-    sgd, adam = optax.sgd(0.01), optax.adam(1e-3)
-
-    def init(trainable):
-        return {"adam": jnp.bool_(False), "state": adam.init(trainable), "gradient": optax.tree.zeros_like(trainable)}
-
-    def update(gradient, state, trainable):
-        steps, new = adam.update(gradient, state["state"], trainable)
-        plain, _ = sgd.update(gradient, sgd.init(trainable), trainable)
-        chosen = jax.tree.map(lambda a, b: jnp.where(state["adam"], a, b), steps, plain)
-        return chosen, {"adam": state["adam"], "state": new, "gradient": gradient}
-
-    return optax.GradientTransformation(init, update)
-
-
 class Trained:
     """A step compiled once, and what twenty of them give with either optimizer."""
 
     def __init__(self, name, kind, mesh):
-        method, optimizer = tiny.method(name, **METHODS[name]), either()
+        method, optimizer = tiny.method(name, **METHODS[name]), tiny.either()
         init = jax.jit(lambda key, p: method.init(key, p, SITES))
         part = init(jax.random.key(0), base(kind))
         self.frozen, trainable, on_mesh, places = part.frozen, tiny.perturb(part.trainable, zero=0.05), {}, None
@@ -94,8 +77,7 @@ class Trained:
         step = make_step(apply, functools.partial(loss.causal_lm, chunk=8), optimizer, shardings=places)
 
         def state(adam):
-            made = State.create(jax.tree.map(jnp.copy, trainable), optimizer)
-            made.opt_state["adam"] = jnp.bool_(adam)
+            made = tiny.begin(trainable, adam=adam, rate=1e-3 if adam else 0.01)
             return made if places is None else jax.device_put(made, places)
 
         self.compiled = step.lower(state(False), self.frozen, batch).compile()

@@ -135,12 +135,9 @@ def test_a_sweep_from_its_command(here, tmp_path, one_device, capsys, monkeypatc
     table = results.load(workdir)
     assert list(table.status) == ["finished"] * 6 and set(table["method.name"]) == {"lora", "ia3"}
     assert (table.step == 4).all() and (table.seconds > 0).all() and table.valid.notna().all()
-    assert results.swept(table) == ["method.name", "optimizer.learning_rate", "seed", "method.rank"] or True
+    assert set(results.swept(table)) >= {"method.name", "optimizer.learning_rate"}
     chosen = results.choose(table)
-    assert [c.arm["method.name"] for c in chosen] == ["lora", "ia3"] or [c.arm["method.name"] for c in chosen] == [
-        "ia3",
-        "lora",
-    ]
+    assert {c.arm["method.name"] for c in chosen} == {"lora", "ia3"}
     assert all(c.trials == 3 and c.valid == min(c.rates.values()) for c in chosen)
     assert cli.main(["ls", str(workdir)]) == 0
     assert capsys.readouterr().out.count("finished") >= 6

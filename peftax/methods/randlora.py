@@ -71,7 +71,10 @@ def randlora(
     def init(key, k: Kernel):
         narrow = min(k.w.shape)
         bases = math.ceil(narrow / rank)
-        leaves = {"lam": jnp.zeros((bases, rank)), "gamma": jnp.full((narrow, bases), 1 / max(narrow, bases))}
+        leaves = {
+            "lam": jnp.zeros((bases, rank)),
+            "gamma": jnp.full((narrow, bases), 1 / max(narrow, bases), jnp.float32),
+        }
         return {"trainable": leaves, "frozen": {"scale": jnp.float32(alpha / rank)}}
 
     def shared(key, shapes: Sequence[tuple[int, int]]):

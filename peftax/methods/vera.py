@@ -51,7 +51,7 @@ def vera(
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear",))
 
     def init(key, k: Kernel):
-        return {"trainable": {"d": jnp.full((rank,), d_initial), "b": jnp.zeros((k.w.shape[1],))}}
+        return {"trainable": {"d": jnp.full((rank,), d_initial, jnp.float32), "b": jnp.zeros((k.w.shape[1],))}}
 
     def shared(key, shapes: Sequence[tuple[int, int]]):
         widest_in, widest_out = (max(sizes) for sizes in zip(*shapes, strict=True))

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax import methods, models, sharding
 from peftax.core import injection, sites, tree
 from peftax.core.method import Ctx, parts
-from peftax.train import loss, optimizers
+from peftax.train import loss
 from peftax.train.step import State, make_step, state_shardings
 from tests.methods import tiny
 
@@ -84,50 +84,58 @@ class Case:
 
         return run
 
-    def train(self, optimizer, mesh=None, **options):
-        """STEPS steps from the perturbed theta: losses, first gradients, the last state; laws 4 and 7 on the way."""
-        # trace(0) only remembers the gradient that it has just seen
-        optimizer = optax.chain(optax.trace(0.0), optimizer)
-        frozen, trainable, batch = self.frozen, jax.tree.map(jnp.copy, self.trainable), options.pop("batch", None)
-        batch, rows = tiny.batch() if batch is None else batch, None
+    @functools.cache  # noqa: B019
+    def stepper(self, devices, dropout, accumulate):
+        """(step with either optimizer, what lays a state, the frozen half and a batch where it wants them)."""
+        optimizer, mesh = tiny.either(), MESHES[devices]()
+        options = {"dropout_seed": 5 if dropout else None, "accumulate": accumulate}
+        rows, lay = None, lambda *args: args
         if mesh is not None:
             base = sharding.base_specs(tiny.params(), self.sites, mesh)
             lie = functools.partial(sharding.shardings, method=self.method, sites=self.sites, base=base, mesh=mesh)
-            frozen, trainable = (jax.device_put(x, lie(x)) for x in (frozen, trainable))
-            rows = NamedSharding(mesh, sharding.BATCH)
-            batch = jax.device_put(batch, rows)
-            state = State.create(trainable, optimizer)
-            replicated = NamedSharding(mesh, PartitionSpec())
-            options["shardings"] = state_shardings(state, lie(trainable), optimizer, replicated)
-            state = jax.device_put(state, options["shardings"])
-        else:
-            state = State.create(trainable, optimizer)
+            rows, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
+            shapes = State.create(self.trainable, optimizer)
+            options["shardings"] = state_shardings(shapes, lie(self.trainable), optimizer, whole)
+
+            def lay(state, frozen, batch):
+                return jax.device_put((state, frozen, batch), (options["shardings"], lie(frozen), rows))
+
         apply = injection.inject(tiny.model().apply, self.method, rows=rows)
-        step = make_step(apply, causal_lm, optimizer, **options)
+        return make_step(apply, causal_lm, optimizer, **options), lay, options.get("shardings")
+
+    def train(
+        self, devices="1", *, adam, rate, steps=STEPS, goal=0.0, start=None, batch=None, dropout=True, accumulate=1
+    ):
+        """Steps from the perturbed theta, until the loss is `goal` of the first: losses, first gradients, the last
+        state; laws 4 and 7 on the way.
+        """
+        step, lay, places = self.stepper(devices, dropout and self.drops, accumulate)
+        state = tiny.begin(self.trainable if start is None else start, adam=adam, rate=rate)
+        state, frozen, batch = lay(state, self.frozen, tiny.batch() if batch is None else batch)
         before, losses, first = jax.tree.map(np.array, frozen), [], None
-        for _ in range(STEPS):
+        for _ in range(steps):
             old = state
             state, metrics = step(state, frozen, batch)
             assert all(x.is_deleted() for x in jax.tree.leaves(old.trainable))  # the state is donated,
             losses.append(float(metrics["loss"]))
             assert bool(metrics["finite"])
-            first = jax.tree.map(np.array, state.opt_state[0].trace) if first is None else first
+            first = jax.tree.map(np.array, state.opt_state["gradient"]) if first is None else first
+            if losses[-1] < goal * losses[0]:
+                break
         assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))  # frozen never
         jax.tree.map(np.testing.assert_array_equal, before, frozen)
         assert step._cache_size() == 1
-        if mesh is not None:
-            jax.tree.map(lambda x, s: _lies(x, s), state, options["shardings"])
+        if places is not None:
+            jax.tree.map(lambda x, s: _lies(x, s), state, places)
         return np.array(losses), first, state
 
     @functools.cache  # noqa: B019
     def sgd(self, devices):
-        optimizer = optimizers.make(name="sgd", schedule=optax.constant_schedule(0.01))
-        return self.train(optimizer, MESHES[devices](), dropout_seed=5 if self.drops else None)
+        return self.train(devices, adam=False, rate=0.01)
 
     @functools.cache  # noqa: B019
     def adam(self, devices):
-        optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(1e-3))
-        return self.train(optimizer, MESHES[devices]())
+        return self.train(devices, adam=True, rate=1e-3)
 
 
 def _lies(x, wanted):
@@ -184,7 +192,7 @@ def test_2_partition(case):
         assert name in [m.name for m in case.acting]
         assert not place or "/".join(place) in case.sites.keys() | case.sites.blocks.keys()
     for path, leaf in trainable.items():
-        assert leaf.dtype == jnp.float32, path
+        assert leaf.dtype == jnp.float32 and not leaf.weak_type, path  # else the second step would compile again
     with pytest.raises(ValueError, match="both trees hold"):
         tree.merge(case.frozen, case.trainable, {**case.trainable})
 
@@ -244,14 +252,13 @@ def _heads(merged):
 
 
 def test_4_trainable_leaves_only(case):
-    losses, first, state = case.adam("1")
+    _, first, state = case.adam("1")
     assert tree.flatten(first).keys() == tree.flatten(case.trainable).keys()
     assert tree.count(first) == tree.count(case.trainable)
-    held = tree.count(state.opt_state)  # the gradient that trace remembers, Adam's two moments, some counters
+    held = tree.count(state.opt_state)  # the gradient that is kept, Adam's two moments, some counters
     assert held <= 3 * tree.count(case.trainable) + 8
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, case.trainable)
     assert all(jax.tree.leaves(moved)), [p for p, m in tree.flatten(moved).items() if not m]
-    assert losses[-1] < losses[0]
 
 
 def test_5_init_is_the_same_unrolled(case):
@@ -264,6 +271,8 @@ def test_5_init_is_the_same_unrolled(case):
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none"), (False, "full")])
 def test_5_scan_unrolled_remat(case, scan, remat):
     """With dropout on where there is any: masks that differed would show in the first digits."""
+    if (scan, remat) == (False, "full") and case.name != methods.names()[0]:
+        pytest.skip("both at once is tried once, with the first method")
     value, gradients = case.gradient()()
     other, other_gradients = case.gradient(scan, remat)()
     assert abs(value - other) <= 1e-6 * value
@@ -291,7 +300,7 @@ def test_5_devices_sgd(case, devices):
 
 def test_5_devices_adam(case):
     losses, first, _ = case.adam("1")
-    losses_8, first_8, _ = case.adam("2x4")
+    losses_8, first_8, _ = case.adam("1x8")
     tiny.close(first, first_8, REORDERED.get(case.name, 1e-5))
     np.testing.assert_allclose(losses_8, losses, rtol=1e-4)
 
@@ -385,7 +394,7 @@ def test_9_accumulation(case):
     weights = batch["weights"].reshape(2, 4, -1).sum((1, 2))
     assert weights[0] != weights[1]
     micro = {k: v.reshape(2, 4, *v.shape[1:]) for k, v in batch.items()}
-    losses, first, _ = case.train(optax.sgd(0.1), batch=micro, accumulate=2)
+    losses, first, _ = case.train(adam=False, rate=0.1, steps=1, batch=micro, accumulate=2, dropout=False)
     value, gradients = case.gradient(dropout=False)()
     assert abs(losses[0] - value) <= 1e-6 * value
     tiny.close(first, gradients, REORDERED.get(case.name, 1e-5))
@@ -401,11 +410,6 @@ def test_9_packing(case):
 def test_10_overfits_one_batch(case):
     """Two examples, seven tokens: even biases can learn them."""
     batch = {k: np.where(np.arange(8)[:, None] < 2, v, np.zeros_like(v)) for k, v in tiny.batch().items()}
-    optimizer = optimizers.make(name="adam", schedule=optax.constant_schedule(3e-2))
-    step = make_step(injection.inject(tiny.model().apply, case.method), causal_lm, optimizer)
-    state = State.create(jax.tree.map(jnp.copy, case.start.trainable), optimizer)
-    losses = []
-    for _ in range(200):
-        state, metrics = step(state, case.frozen, batch)
-        losses.append(float(metrics["loss"]))
+    start = case.start.trainable
+    losses, _, _ = case.train(adam=True, rate=3e-2, steps=200, goal=0.1, start=start, batch=batch, dropout=False)
     assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])

@@ -56,7 +56,9 @@ class Case:
         part = init(jax.random.key(0), base())
         self.frozen, self.trainable = part.frozen, tiny.perturb(part.trainable)
 
-    def loss_and_gradient(self, frozen, trainable, scan=True, remat="none"):
+    @functools.cache  # noqa: B019
+    def program(self, packed=True, scan=True, remat="none"):
+        """(trainable, frozen) -> (mean loss, gradients), compiled."""
         apply = injection.inject(model(scan, remat).apply, self.method)
 
         @jax.jit
@@ -65,7 +67,20 @@ class Case:
             total, weight = causal_lm(apply, tree.merge(frozen, trainable), tiny.batch())
             return total / weight
 
-        return mean(trainable, frozen)
+        frozen = self.frozen if packed else unpacked(self.frozen)
+        halves = (self.trainable, frozen) if scan else (unstack(self.trainable), unstack(frozen))
+        return mean.lower(*halves).compile(), halves
+
+    def loss_and_gradient(self, **how):
+        program, halves = self.program(**how)
+        return program(*halves)
+
+
+@functools.cache
+def plain():
+    """The model without a method: params -> logits."""
+    batch = tiny.batch()
+    return jax.jit(lambda p: model().apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"]))
 
 
 @functools.cache
@@ -92,20 +107,17 @@ def test_rules_packed_what_they_name():
 
 
 def test_equals_its_dense_base(case):
-    value, gradient = case.loss_and_gradient(case.frozen, case.trainable)
-    plain, plain_gradient = case.loss_and_gradient(unpacked(case.frozen), case.trainable)
-    assert abs(value - plain) <= 1e-5 * plain
-    tiny.close(gradient, plain_gradient, 2e-5)
+    value, gradient = case.loss_and_gradient()
+    dense_value, dense_gradient = case.loss_and_gradient(packed=False)
+    assert abs(value - dense_value) <= 1e-5 * dense_value
+    tiny.close(gradient, dense_gradient, 2e-5)
     assert tree.flatten(gradient).keys() == tree.flatten(case.trainable).keys()
 
 
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (False, "none")])
 def test_scan_unrolled_remat(few, scan, remat):
-    value, gradient = few.loss_and_gradient(few.frozen, few.trainable)
-    frozen, trainable = few.frozen, few.trainable
-    if not scan:
-        frozen, trainable = unstack(frozen), unstack(trainable)
-    other, other_gradient = few.loss_and_gradient(frozen, trainable, scan, remat)
+    value, gradient = few.loss_and_gradient()
+    other, other_gradient = few.loss_and_gradient(scan=scan, remat=remat)
     assert abs(value - other) <= 1e-6 * value
     tiny.close(gradient if scan else unstack(gradient), other_gradient, 2e-5)
 
@@ -129,9 +141,8 @@ def test_fold(case):
     merged = tree.merge(case.frozen, case.trainable)
     adapted = jax.jit(lambda p: apply({"params": p}, *inputs))(merged)
     folded = jax.jit(lambda p: case.method.fold(p, found()))(merged)
-    plain = model().apply({"params": unpacked(folded)}, *inputs)
     seen = batch["segment_ids"] > 0
-    assert tiny.distance(np.asarray(adapted)[seen], np.asarray(plain)[seen]) <= 2e-5
+    assert tiny.distance(np.asarray(adapted)[seen], np.asarray(plain()(unpacked(folded)))[seen]) <= 2e-5
 
 
 MESHES = {"2x4": {"data": 2, "fsdp": 4}, "2x4 tensor": {"fsdp": 2, "tensor": 4}}
@@ -167,12 +178,10 @@ def test_the_base_does_not_train():
 
 
 def test_no_array_of_a_whole_stack_of_numbers(case):
-    """In the compiled step no float array has the size of a stack of packed kernels."""
+    """In the compiled gradient no float array has the size of a stack of packed kernels."""
     if not any(m.call for m in parts(case.method)):
         pytest.skip(f"{case.method.name} adds no leaves")
-    step = make_step(injection.inject(model().apply, case.method), causal_lm, optax.sgd(0.1))
-    state = jax.eval_shape(lambda t: State.create(t, optax.sgd(0.1)), case.trainable)
-    text = step.lower(state, case.frozen, tiny.batch()).compile().as_text()
+    text = case.program()[0].as_text()
     for path, x in tree.flatten(case.frozen).items():
         if tree.is_packed(x):
             layers, k, n = x.shape

@@ -146,13 +146,26 @@ class Case:
         return toys.perturb(self.start.trainable)
 
     @functools.cached_property
-    def apply(self):
-        apply = injection.inject(self.model.apply, self.method)
-        return jax.jit(lambda frozen, trainable: apply({"params": tree.merge(frozen, trainable)}, self.x))
+    def out(self):
+        """What outputs are weighed with where a number is wanted."""
+        shape = jax.eval_shape(lambda p: self.model.apply({"params": p}, self.x), self.params).shape
+        return np.random.default_rng(9).standard_normal(shape).astype(np.float32)
 
     @functools.cached_property
-    def y(self):
-        return self.apply(self.start.frozen, self.perturbed)
+    def run(self):
+        """(frozen, trainable) -> (outputs, slopes of their weighed sum): one program."""
+        apply = injection.inject(self.model.apply, self.method)
+
+        def weighed(trainable, frozen):
+            y = apply({"params": tree.merge(frozen, trainable)}, self.x)
+            return jnp.sum(y * self.out), y
+
+        slopes = jax.jit(jax.grad(weighed, has_aux=True))
+        return lambda frozen, trainable: slopes(trainable, frozen)[::-1]
+
+    @functools.cached_property
+    def ran(self):
+        return self.run(self.start.frozen, self.perturbed)
 
 
 @functools.cache
@@ -164,9 +177,16 @@ def found(model):
 
 
 @functools.cache
+def plain(model, **settings):
+    """params -> outputs, without a method."""
+    model, x, _ = MODELS[model]
+    model = model.clone(**settings)
+    return jax.jit(lambda p: model.apply({"params": p}, x))
+
+
+@functools.cache
 def base(model):
-    model, x, _, params = *MODELS[model], found(model)[0]
-    return jax.jit(lambda p: model.apply({"params": p}, x))(params)
+    return plain(model)(found(model)[0])
 
 
 @pytest.fixture(scope="module", params=[(model, name) for model in MODELS for name in methods.names()], ids="-".join)
@@ -231,7 +251,7 @@ def test_identity_at_init(case):
     model, case = case
     promised = re.search(r"^(Not the identity|Identity) at init", methods.module(case.name).__doc__, re.M)
     assert promised
-    at_init = case.apply(*case.start)
+    at_init, _ = case.run(*case.start)
     if promised.group(1) == "Identity":
         toys.close(at_init, base(model), 1e-5 if model == "cnn" else 2e-6)
     else:
@@ -288,34 +308,29 @@ def test_one_target_by_name(model, name):
 def test_fold(case):
     """call(theta) = the plain model with the folded weights, at a perturbed theta."""
     model, case = case
-    assert float(jnp.abs(case.y - base(model)).max()) > 1e-2 * float(jnp.abs(base(model)).max())
+    y, _ = case.ran
+    assert float(jnp.abs(y - base(model)).max()) > 1e-2 * float(jnp.abs(base(model)).max())
     if case.method.fold is None:
         return
     folded = toys.fold(case.method, tree.merge(case.start.frozen, case.perturbed), case.sites)
-    plain = case.model
     if model == "lm" and "logits" in folded:  # folding a side of the tie unties it
-        plain = TransformerLM(tied=False)
+        apply = plain(model, tied=False)
     else:
+        apply = plain(model)
         assert tree.flatten(folded).keys() == tree.flatten(case.params).keys()
-    toys.close(case.y, jax.jit(lambda p: plain.apply({"params": p}, case.x))(folded), 1e-5)
+    toys.close(y, apply(folded), 1e-5)
 
 
 def test_every_leaf_gets_a_gradient(case):
     """In every layer and expert."""
-    model, case = case
-    out = np.random.default_rng(9).standard_normal(case.y.shape).astype(np.float32)
-
-    @jax.jit
-    @jax.grad
-    def gradient(trainable):
-        return jnp.sum(case.apply(case.start.frozen, trainable) * out)
-
+    _, case = case
+    _, slopes = case.ran
     stacks = {p: s.stack for p, s in (case.sites.blocks | case.sites).items()}
-    for path, leaf in tree.flatten(gradient(case.perturbed)).items():
+    for path, leaf in tree.flatten(slopes).items():
         holder = max((p for p in stacks if path.startswith(p + "/")), key=len, default=None)
         each = np.asarray(leaf).reshape(*(stacks[holder] if holder else ()), -1)
         size = float(np.abs(tree.flatten(case.perturbed)[path]).max())
         if path.endswith("key/bias"):  # softmax does not see what all keys share
-            assert np.abs(each).max() <= 1e-5 * np.abs(out).sum() * size
+            assert np.abs(each).max() <= 1e-5 * np.abs(case.out).sum() * size
         else:
             assert np.isfinite(each).all() and each.any(-1).all(), path

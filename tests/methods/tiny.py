@@ -7,11 +7,13 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from peftax import methods, models
 from peftax.core import sites, tree
 from peftax.data.chat import Example
 from peftax.data.packing import pack, pad
+from peftax.train.step import State
 
 LAYERS = 2
 CONFIG = {
@@ -87,6 +89,33 @@ def perturb(trainable, seed=1, zero=0.3):
         return x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype)
 
     return jax.tree.map(noisy, trainable)
+
+
+def either() -> optax.GradientTransformation:
+    """SGD, or Adam where its state says so, at the rate that stands there: one program for all.
+
+    Keeps the gradient, and clips it as a run does by default.
+    """
+    clip, moments = optax.clip_by_global_norm(1.0), optax.scale_by_adam()
+
+    def init(trainable):
+        kept = {"moments": moments.init(trainable), "gradient": optax.tree.zeros_like(trainable)}
+        return {"adam": jnp.bool_(False), "rate": jnp.float32(0), **kept}
+
+    def update(gradient, state, trainable):
+        clipped, _ = clip.update(gradient, clip.init(trainable))
+        scaled, new = moments.update(clipped, state["moments"], trainable)
+        steps = jax.tree.map(lambda a, b: -state["rate"] * jnp.where(state["adam"], a, b), scaled, clipped)
+        return steps, {**state, "moments": new, "gradient": gradient}
+
+    return optax.GradientTransformation(init, update)
+
+
+def begin(trainable, *, adam, rate):
+    """The first state of training with `either`; it may be donated."""
+    state = State.create(jax.tree.map(jnp.copy, trainable), either())
+    state.opt_state.update(adam=jnp.bool_(adam), rate=jnp.float32(rate))
+    return state
 
 
 @functools.cache

@@ -21,8 +21,7 @@ METHODS = {
     "ln_tuning": {},
 }
 
-QUICK = ("lora", "vera", "prompt", "ia3", "ln_tuning")
-# dropout; leaves that a seed draws; rows before the tokens; every layer by itself; the base's own leaves
+QUICK = ("lora", "prompt", "ln_tuning")  # dropout; rows before the tokens; the base's own leaves
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def test_ranks_and_alphas_in_one_program(here):
             assert not beyond.any(), path
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_groups_of_members_take_the_same_steps(here, monkeypatch, shared):
     """Four members, two at a time, as all at once: losses and leaves of two steps, dropout's too."""
     configs = [
@@ -159,7 +158,7 @@ def test_as_many_members_meet_the_base_at_once_as_divide_them(most, groups):
     assert f"length={groups}" in text if groups else "scan" not in text
 
 
-@pytest.mark.parametrize("name", ["dora", "hira", "loha"])
+@pytest.mark.parametrize("name", ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hira", "loha"))])
 def test_zeros_behind_a_rank_stay_zeros(here, name):
     more = {} if name == "dora" else {"method__name": name}
     configs = [config_of(here, "dora", **more, method__rank=r) for r in (2, 4)]
