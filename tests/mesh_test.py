@@ -77,7 +77,7 @@ class Trained:
         step = make_step(apply, functools.partial(loss.causal_lm, chunk=8), optimizer, shardings=places)
 
         def state(adam):
-            made = tiny.begin(trainable, adam=adam, rate=1e-3 if adam else 0.01)
+            made = tiny.begin(trainable, optimizer, adam=adam, rate=1e-3 if adam else 0.01)
             return made if places is None else jax.device_put(made, places)
 
         self.compiled = step.lower(state(False), self.frozen, batch).compile()

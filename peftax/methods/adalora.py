@@ -104,7 +104,7 @@ def adalora(
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         low = narrow(ctx.drop(x, dropout), theta["a"])
-        return linear(x, k.w, k.b) + narrow(low * last(theta["e"], low), theta["b"]) * theta["scale"]
+        return linear(x, k.w, k.b) + narrow(low * last(theta["e"] * theta["scale"], low), theta["b"])
 
     def fold(theta, k: Kernel) -> Kernel:
         return k.replace(w=k.w + theta["scale"] * ((theta["a"] * theta["e"]) @ theta["b"]))

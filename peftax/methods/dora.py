@@ -78,7 +78,7 @@ def dora(
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         low = narrow(ctx.drop(x, dropout), theta["a"])
-        y = matmul(x, k.w) + narrow(low, theta["b"]) * theta["scale"]
+        y = matmul(x, k.w) + narrow(low * theta["scale"], theta["b"])  # scaled while short, as lora
         y = stretch(y, theta["m"], per_length(theta, k))
         return y if k.b is None else y + last(k.b, y)
 

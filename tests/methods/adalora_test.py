@@ -7,7 +7,6 @@ from safetensors.numpy import load_file
 
 from peftax.core import injection, tree
 from peftax.methods.adalora import adalora, budget
-from peftax.train import optimizers
 from peftax.weights import adapters
 from tests.methods import contract_test as contract
 from tests.methods import hand, tiny
@@ -116,15 +115,11 @@ def test_a_run_too_short_for_its_phases():
 
 def test_one_device_and_eight():
     """Sensitivities lie as the leaves that they belong to; the same ranks stay."""
-    case = contract.Case("adalora")
-    runs = {}
+    case, runs = contract.Case("adalora"), {}
+    case.method = tiny.method("adalora", targets=["q_proj", "down_proj"], final_steps=5)
+    case.optimizer = case.method.wrap(tiny.either(), 20, tiny.found())
     for devices in ("1", "2x4"):
-        method = tiny.method("adalora", targets=["q_proj", "down_proj"], final_steps=5)
-        case.method = method
-        optimizer = method.wrap(optimizers.make(name="sgd", schedule=optax.constant_schedule(0.01)), 20, tiny.found())
-        case.start = jax.jit(lambda key, p, m=method: m.init(key, p, tiny.found()))(jax.random.key(0), tiny.params())
-        case.frozen, case.trainable = case.start.frozen, tiny.perturb(case.start.trainable)
-        losses, _, state = case.train(optimizer, contract.MESHES[devices]())
+        losses, _, state = case.sgd(devices)
         runs[devices] = losses, state.trainable
         assert ranks(state.trainable) == 8
     np.testing.assert_allclose(runs["2x4"][0], runs["1"][0], rtol=1e-4)

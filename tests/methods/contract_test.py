@@ -35,7 +35,7 @@ class Case:
         self.name, self.drops = name, "dropout" in known
         self.method = tiny.method(name, **({"dropout": 0.3} if self.drops else {}))
         self.acting = [m for m in parts(self.method) if m.call is not None]
-        self.sites = tiny.found()
+        self.sites, self.optimizer = tiny.found(), tiny.either()
 
     @functools.cached_property
     def start(self):
@@ -87,7 +87,7 @@ class Case:
     @functools.cache  # noqa: B019
     def stepper(self, devices, dropout, accumulate):
         """(step with either optimizer, what lays a state, the frozen half and a batch where it wants them)."""
-        optimizer, mesh = tiny.either(), MESHES[devices]()
+        optimizer, mesh = self.optimizer, MESHES[devices]()
         options = {"dropout_seed": 5 if dropout else None, "accumulate": accumulate}
         rows, lay = None, lambda *args: args
         if mesh is not None:
@@ -110,7 +110,7 @@ class Case:
         state; laws 4 and 7 on the way.
         """
         step, lay, places = self.stepper(devices, dropout and self.drops, accumulate)
-        state = tiny.begin(self.trainable if start is None else start, adam=adam, rate=rate)
+        state = tiny.begin(self.trainable if start is None else start, self.optimizer, adam=adam, rate=rate)
         state, frozen, batch = lay(state, self.frozen, tiny.batch() if batch is None else batch)
         before, losses, first = jax.tree.map(np.array, frozen), [], None
         for _ in range(steps):
@@ -119,7 +119,7 @@ class Case:
             assert all(x.is_deleted() for x in jax.tree.leaves(old.trainable))  # the state is donated,
             losses.append(float(metrics["loss"]))
             assert bool(metrics["finite"])
-            first = jax.tree.map(np.array, state.opt_state["gradient"]) if first is None else first
+            first = jax.tree.map(np.array, tiny.own(state)["gradient"]) if first is None else first
             if losses[-1] < goal * losses[0]:
                 break
         assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))  # frozen never

@@ -111,11 +111,16 @@ def either() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def begin(trainable, *, adam, rate):
-    """The first state of training with `either`; it may be donated."""
-    state = State.create(jax.tree.map(jnp.copy, trainable), either())
-    state.opt_state.update(adam=jnp.bool_(adam), rate=jnp.float32(rate))
+def begin(trainable, optimizer, *, adam, rate):
+    """The first state of training with `either`, also where a method wraps it; the state may be donated."""
+    state = State.create(jax.tree.map(jnp.copy, trainable), optimizer)
+    own(state).update(adam=jnp.bool_(adam), rate=jnp.float32(rate))
     return state
+
+
+def own(state):
+    """What `either` holds in a state."""
+    return getattr(state.opt_state, "inner", state.opt_state)
 
 
 @functools.cache

@@ -167,7 +167,7 @@ def tiny(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m == "lora" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_killed_three_times(tiny, tmp_path, method):
     survives(tiny(method, steps=60), tmp_path, kills=3, seed=0)
 
