@@ -179,6 +179,9 @@ class Verdict:
     high: float
     detectable: float
 
+    def __str__(self) -> str:
+        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
 
 def verdict(a: Sequence[float], b: Sequence[float], *, paired: bool = True) -> Verdict:
     """ "supported" where the interval of b - a lies below 0, "contradicted" where above, else "not resolved"."""

@@ -52,7 +52,7 @@ def test_a_paired_comparison_worked_out_by_hand():
     assert found.difference == -2.0
     assert found.low == pytest.approx(-2 - 4.302653 * error) and found.high == pytest.approx(-2 + 4.302653 * error)
     assert found.detectable == pytest.approx((4.302653 + 1.060660) * error, rel=1e-5)
-    assert found.said == "not resolved"
+    assert found.said == "not resolved" and str(found) == "-2.0000 [-4.4841, +0.4841]"
     assert results.verdict([5.0, 5.0, 5.0], [4.0, 3.9, 4.1]).said == "supported"
     assert results.verdict([4.0, 3.9, 4.1], [5.0, 5.0, 5.0]).said == "contradicted"
 

@@ -18,7 +18,7 @@ import pandas as pd
 from absl import logging
 
 from experiments.lora_plus.config import RATIO
-from experiments.sentence_sentiment.__main__ import finished
+from experiments.sweeps import require_finished
 from peftax import report, results, selection
 from peftax.report import figures
 from peftax.results import RATE
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=HERE)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    finished(selection.run(str(HERE / "config.py"), args.workdir, together=16))
+    require_finished(selection.run(str(HERE / "config.py"), args.workdir, together=16))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(results.load(args.workdir), args.into))
 
@@ -72,7 +72,7 @@ def ratio(factors: str) -> float:
 
 def interval(lora: Sequence[float], other: Sequence[float]) -> str:
     gap = results.verdict(lora, other)
-    return f"{gap.difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}], {gap.said}"
+    return f"{gap}, {gap.said}"
 
 
 if __name__ == "__main__":

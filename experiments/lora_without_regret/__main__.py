@@ -23,7 +23,7 @@ from absl import logging
 
 from experiments.lora_without_regret import classifier, language
 from experiments.lora_without_regret.arms import FACTOR, RANK
-from experiments.sentence_sentiment.__main__ import finished
+from experiments.sweeps import require_finished
 from peftax import report, results, selection
 from peftax.report import figures
 from peftax.results import Choice
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     sweep = SWEEPS[args.name]
-    finished(selection.run(sweep.__file__, args.workdir / args.name, together=sweep.TOGETHER))
+    require_finished(selection.run(sweep.__file__, args.workdir / args.name, together=sweep.TOGETHER))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(args.name, results.load(args.workdir / args.name), args.into))
 
@@ -153,8 +153,7 @@ def compared(claim: str, theirs: str, a: Sequence[float], b: Sequence[float]) ->
     """b - a on test, paired by seed."""
     gap = results.verdict(a, b)
     sign = "lower" if gap.high < 0 else "higher" if gap.low > 0 else f"not resolved; detectable {gap.detectable:.4f}"
-    ours = f"{gap.difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
-    return {"claim": claim, "theirs": theirs, "ours": ours, "verdict": sign}
+    return {"claim": claim, "theirs": theirs, "ours": str(gap), "verdict": sign}
 
 
 if __name__ == "__main__":

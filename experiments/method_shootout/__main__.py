@@ -21,7 +21,7 @@ from absl import logging
 from scipy import stats
 
 from experiments.method_shootout.arms import FIXED, RATE, SIZES, settings
-from experiments.sentence_sentiment.__main__ import finished
+from experiments.sweeps import require_finished
 from peftax import report, results, selection, sweep
 from peftax.report.figures import close
 from peftax.results import Choice
@@ -41,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.WARNING)
     choices = {}
     for size in args.sizes:
-        finished(selection.run(str(HERE / RECIPES[size]), args.workdir / size, together=4))
+        require_finished(selection.run(str(HERE / RECIPES[size]), args.workdir / size, together=4))
         for choice in results.choose(results.load(args.workdir / size)):
             choices[size, choice.arm["method.name"]] = choice
     best = sorted(choices, key=lambda at: choices[at].valid)[:BEST]
     for size, method in best:
         pairs = sweep.pairs({**settings(size, method), RATE: choices[size, method].rate})
-        finished(selection.run(str(HERE / "seeds.py"), again(args.workdir, size, method), pairs, measures=OTHER))
+        require_finished(
+            selection.run(str(HERE / "seeds.py"), again(args.workdir, size, method), pairs, measures=OTHER)
+        )
     args.into.mkdir(parents=True, exist_ok=True)
     repeated = {at: results.load(again(args.workdir, *at)) for at in best}
     print(write(choices, results.load(*(args.workdir / s for s in args.sizes)), repeated, args.into))

@@ -22,6 +22,7 @@ from absl import logging
 
 from experiments.sentence_sentiment import config as sweeps
 from experiments.sentence_sentiment.seeds import SEEDS
+from experiments.sweeps import require_finished
 from peftax import report, results, sweep
 from peftax.report import figures
 from peftax.results import RATE, Choice
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def choose(workdir: Path) -> dict[str, Choice]:
     """{arm: its learning rate, chosen on valid}."""
     grid = workdir / "grid"
-    finished(sweep.run(str(HERE / "config.py"), grid))
+    require_finished(sweep.run(str(HERE / "config.py"), grid))
     arms = dict(zip(sweep.members(str(HERE / "config.py")), (arm for arm, _ in sweeps.members()), strict=True))
     chosen = {arms[choice.members[0]]: choice for choice in results.choose(results.load(grid))}
     return {arm: chosen[arm] for arm in sweeps.ARMS}
@@ -56,15 +57,8 @@ def repeated(arm: str, choice: Choice, workdir: Path) -> list[Path]:
     """The folders of an arm's three seeds at its chosen learning rate."""
     settings = next(values for name, values in sweeps.members() if name == arm and values[RATE] == choice.rate)
     folder = workdir / "seeds" / arm
-    finished(sweep.run(str(HERE / "seeds.py"), folder, sweep.pairs(settings)))
+    require_finished(sweep.run(str(HERE / "seeds.py"), folder, sweep.pairs(settings)))
     return [workdir / "grid" / choice.members[0], *(folder / f"seed={seed}" for seed in SEEDS)]
-
-
-def finished(found: Mapping[Path, str]) -> None:
-    for folder, status in found.items():
-        if status != "finished":
-            why = f": {sweep.error(folder)}" if status == "failed" else "; the same command goes on"
-            raise SystemExit(f"{folder} is {status}{why}")
 
 
 def tested(runs: Mapping[str, Sequence[Path]], workdir: Path) -> dict[str, list[dict[str, float]]]:
