@@ -66,7 +66,7 @@ parity: $(PARITY)
 # Compiles for TPUs and GPUs that are not here.
 aot: $(AOT)
 	.venv-aot/bin/python -c "import libtpu, jax_plugins.xla_cuda12"
-	.venv-aot/bin/python $(PYTEST) -n 2 --dist loadgroup -m "aot and not slow and not cluster" tests/aot $(ARGS)
+	.venv-aot/bin/python $(PYTEST) -n 2 --dist loadfile -m "aot and not slow and not cluster" tests/aot $(ARGS)
 
 # The newest JAX and Flax, a newer Python.
 next: $(NEXT)

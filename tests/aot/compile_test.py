@@ -22,7 +22,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES])
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
     platform, devices_of, data, mark = CASES[request.param]
     if why := machines.missing(platform):

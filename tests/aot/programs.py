@@ -41,6 +41,7 @@ LLAMA_405B = {  # Llama-3.1-405B, whole
     **dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, vocab_size=128256),
     **dict(num_attention_heads=128, num_key_value_heads=8),
 }
+NF4 = (("_proj/kernel$", {"fmt": "nf4", "group": 64, "double": True}),)  # of every layer
 KINDS = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
 
 
