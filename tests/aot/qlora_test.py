@@ -60,7 +60,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request):
+def case(request, least_effort):
     """(the case, its packed weights with their places, its arguments, the compiled program)"""
     case = CASES[request.param]
     if why := machines.missing(case.platform):
@@ -145,7 +145,7 @@ def test_packed_bytes_move(case):
         assert (one in gathered) == (mesh.shape["fsdp"] > 1), (x.shape, gathered)
 
 
-def test_members_read_each_weight_once():
+def test_members_read_each_weight_once(least_effort):
     """A population of four adapters on one base: as many products as one adapter takes, each of all members' rows."""
     if why := machines.missing("tpu"):
         pytest.skip(why)
