@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from peftax import cli, results, sweep
+from peftax.train import evaluate
 from tests.train import tiny_run
 
 RECIPE = """
@@ -153,7 +154,7 @@ def test_a_sweep_from_its_command(here, tmp_path, one_device, capsys, monkeypatc
     assert [sweep.status(f) for f in sweep.lay_out(more, workdir)].count("waiting") == 2
 
 
-def test_members_that_may_train_in_one_program(here, tmp_path, one_device):
+def test_members_that_may_train_in_one_program(here, tmp_path, one_device, monkeypatch):
     """LoRA's three rates are one population, (IA)³'s another; each member's folder holds what its own run's would."""
     file, workdir = recipe_file(here, "together"), tmp_path / "w"
     folders = sweep.lay_out(file, workdir)
@@ -161,7 +162,10 @@ def test_members_that_may_train_in_one_program(here, tmp_path, one_device):
     assert groups == [folders[:3], folders[3:]]
     assert sweep.populations(folders, 2) == [folders[:2], folders[2:3], folders[3:5], folders[5:]]
     assert sweep.populations(folders, 1) == [[f] for f in folders]
+    looks, nll = [], evaluate.nll
+    monkeypatch.setattr(evaluate, "nll", lambda *args, **how: looks.append(1) or nll(*args, **how))
     sweep.main(*map(str, folders[:3]))
+    assert len(looks) == 1 + 2 * 3  # of one seed, they start alike
     assert [sweep.status(f) for f in folders] == ["finished"] * 3 + ["waiting"] * 3
     alone = sweep.lay_out(file, tmp_path / "alone")[1]
     sweep.run_member(alone)

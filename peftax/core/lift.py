@@ -373,29 +373,33 @@ def _targeted(places, settings) -> Iterator[tuple[Any, list[dict | None]]]:
 
 def _init_layers(init, key, place: Place, what: Any, wanted: list[dict | None], draws: bool) -> Leaves:
     """Every layer's leaves in one stack; `what` is a Kernel of stacks or a Block."""
+    kernels = isinstance(what, Kernel)
     keys = jnp.stack([_layer_key(key, place, layer) for layer in place.layers])
-    sliced = what if isinstance(what, Kernel) else None
-
-    def one(key, kernel, settings):
-        try:
-            return init(key, what if kernel is None else kernel, **settings)
-        except ValueError as error:
-            error.add_note(f"at site {place.path!r}")
-            raise
-
     known = next(s for s in wanted if s is not None)
     settings = [known if s is None else s for s in wanted]  # a layer that is no target holds a start, unused
-    if len(settings) > 1 and all(s == known for s in settings):  # layer by layer: a start may need much memory
-        theta = jax.lax.map(lambda layer: one(layer[0], layer[1], known), (keys, sliced))
-    else:
-        layers = [one(keys[i], jax.tree.map(lambda x, i=i: x[i], sliced), s) for i, s in enumerate(settings)]
-        theta = _stack_padded(layers)
+    try:
+        if len(settings) == 1 or any(s != known for s in settings):
+            of = [jax.tree.map(lambda x, i=i: x[i], what) if kernels else what for i in range(len(settings))]
+            theta = _stack_padded([init(k, w, **s) for k, w, s in zip(keys, of, settings, strict=True)])
+        elif kernels:
+            theta = _layer_by_layer(init, tuple(known.items()), keys, what)
+        else:
+            theta = jax.lax.map(lambda key: init(key, what, **known), keys)
+    except ValueError as error:
+        error.add_note(f"at site {place.path!r}")
+        raise
     more = {}
     if draws:
         more["id"] = jnp.asarray(place.layers, jnp.int32)
     if any(s is None for s in wanted):  # these layers of the stack are not touched
         more["on"] = jnp.asarray([s is not None for s in wanted])
     return {**theta, "frozen": {**theta.get("frozen", {}), **more}}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # sites that are alike share a program
+def _layer_by_layer(init, settings: tuple[tuple[str, Any], ...], keys, kernels: Kernel) -> Leaves:
+    """The leaves of all layers of a stack, one after another: a start may need much memory."""
+    return jax.lax.map(lambda layer: init(*layer, **dict(settings)), (keys, kernels))
 
 
 def _shared_key(key, name: str):

@@ -100,7 +100,11 @@ class Population:
 def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
     """The members at their starts; as `sketch`."""
     outline = sketch(base, configs, shared_batch=shared_batch)
-    parts = [setup.start(base, m["method"], seed=m["train"]["init_seed"]).part for m in configs]
+    methods = [run.method for run in outline.runs]
+    parts = [
+        setup.start(base, m["method"], seed=m["train"]["init_seed"], method=method).part
+        for m, method in zip(configs, methods, strict=True)
+    ]
     theta = [_split(part.frozen, base)[1] for part in parts]
     state = _states(outline.runs[0], configs[0], outline.rates, [part.trainable for part in parts])
     at = jax.tree.map(lambda x: x.sharding, (outline.state, outline.theta))
@@ -247,10 +251,13 @@ def train(
     """
     folders, c = [Path(f) for f in folders], configs[0]["train"]
     base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"]).load()
-    batches = [
-        setup.train_batches(base, m["data"], batch_size=c["batch_size"], accumulate=c["accumulate"]) for m in configs
-    ]
-    shared = len({m["data"]["seed"] for m in configs}) == 1
+    orders = [m["data"]["seed"] for m in configs]
+    streams = {
+        seed: setup.train_batches(base, m["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
+        for seed, m in dict(zip(orders, configs, strict=True)).items()
+    }
+    shared = len(streams) == 1
+    starts = [json.dumps([m["method"], m["train"]["init_seed"]]) for m in configs]  # alike, they score alike
     valid = setup.valid_rows(base, configs[0]["data"])
     population = make(base, configs, shared_batch=shared)
     fingerprint = weights.fingerprint(base.params)
@@ -259,8 +266,8 @@ def train(
     if (found := checkpoints.restore({"state": population.state}, base=fingerprint)) is not None:
         start, arrays, facts = found
         population.state = arrays["state"]
-        for each, position in zip(batches, facts["data"], strict=True):
-            each.set_state(position)
+        for seed, position in zip(orders, facts["data"], strict=True):
+            streams[seed].set_state(position)
     for config, folder in zip(configs, folders, strict=True):
         loop.claim(folder, config)
     schedules = [
@@ -275,15 +282,18 @@ def train(
         )
 
         def look(step: int) -> None:
+            scores: dict[str, dict[str, Any]] = {}
             for i, to in enumerate(metrics_to):
                 if facts["failed"][i]:
                     continue
                 score = None
                 if valid is not None:
-                    apply, params = population.runs[0].apply, population.params(i)
-                    found = evaluate.nll(apply, params, valid, hits=bool(base.labels))
-                    to.write(step, evaluate.valid(found))
-                    score = found["nll"]
+                    alike = starts[i] if step == 0 else str(i)
+                    if alike not in scores:
+                        apply, params = population.runs[0].apply, population.params(i)
+                        scores[alike] = evaluate.nll(apply, params, valid, hits=bool(base.labels))
+                    to.write(step, evaluate.valid(scores[alike]))
+                    score = scores[alike]["nll"]
                 best = facts["best"][i]
                 if score is None or best is None or score < best[1]:
                     facts["best"][i] = [step, score]
@@ -293,8 +303,9 @@ def train(
             look(0)
         for step in range(start + 1, c["steps"] + 1):
             began = time.perf_counter()
-            rows = [next(each) for each in (batches[:1] if shared else batches)]
-            batch = {k: rows[0][k] if shared else np.stack([r[k] for r in rows]) for k in rows[0]}
+            drawn = {seed: next(stream) for seed, stream in streams.items()}
+            rows = [drawn[seed] for seed in orders]
+            batch = rows[0] if shared else {k: np.stack([r[k] for r in rows]) for k in rows[0]}
             population.state, metrics = population.step(
                 population.rates, population.seeds, population.state, population.theta, batch, population.base
             )
@@ -318,7 +329,7 @@ def train(
                 look(step)
             stopping = stop.asked() and step < c["steps"]
             if step % c["save_every"] == 0 or step == c["steps"] or stopping:
-                facts.update(data=[each.get_state() for each in batches], base=fingerprint)
+                facts.update(data=[streams[seed].get_state() for seed in orders], base=fingerprint)
                 checkpoints.save(step, {"state": population.state}, facts)
             if stopping:
                 logging.warning("stopped by a signal after step %d; run the same command to go on", step)

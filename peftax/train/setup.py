@@ -291,13 +291,14 @@ def start(
     settings: Mapping[str, Any],
     *,
     seed: int,
+    method: Method | None = None,
     warm_start: str | None = None,
     found: eva.Found | None = None,
 ) -> Run:
     """A fresh method on the base, or what `calibrate` found; with `warm_start` its trainable values are an adapter
-    folder's.
+    folder's. Starts of one `method`, made of these settings before, share their programs.
     """
-    method = make_method(base, settings)
+    method = method or make_method(base, settings)
     part = method.init(jax.random.key(seed), base.params, base.sites)
     if method.begin is not None:
         part = method.begin(part, _prefill(base), base.sites)
