@@ -165,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
         "most; default 3, 0: never",
     )
     sub.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=(),
+        help="more seeds for what was chosen, before test is read: it is chosen by the seeds that all rates have",
+    )
+    sub.add_argument(
         "--measure",
         action="append",
         default=[],
@@ -311,8 +318,7 @@ def sweep(args) -> int:
     from peftax import sweep as sweeps
 
     if args.dry:
-        rounds = sweeps.said(args.workdir)["rounds"]
-        for name, overrides in sweeps.members(args.config, args.overrides, rounds).items():
+        for name, overrides in sweeps.members(args.config, args.overrides, sweeps.added(args.workdir)).items():
             print(name, *(f"--config.{key}={value}" for key, value in overrides))
         return 0
     settings = {
@@ -324,6 +330,7 @@ def sweep(args) -> int:
         args.workdir,
         args.overrides,
         extend=selection.ROUNDS if args.extend is None else args.extend,
+        seeds=args.seeds,
         on=args.on,
         measures=_pairs("--measure", args.measure),
         retry=args.retry,

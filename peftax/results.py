@@ -1,6 +1,7 @@
 """What sweeps and runs came to: one tidy table, and choices that a reader can trust.
 
-A learning rate is chosen on valid, for every arm (all that is swept but the learning rate and the seed) by itself.
+A learning rate is chosen on valid, for every arm (all that is swept but the learning rate and the seed) by itself, by
+the seeds that all its rates have.
 """
 
 from __future__ import annotations
@@ -97,12 +98,13 @@ class Choice:
     """What was chosen for one arm.
 
     arm:    {key: value}, all that is swept but the learning rate and the seed.
-    rate:   the learning rate whose mean over seeds is best on valid.
-    valid:  that mean; `seeds` are the single values.
-    rates:  the arm's grid, rising, with the mean of each (inf where a member failed or ended with no number).
+    rate:   the learning rate whose mean on valid is best, over the seeds that all rates have.
+    valid:  its mean over all seeds that it has; `seeds` are the single values.
+    rates:  the arm's grid, rising, with the mean of each (inf where a member failed or ended with no number), over the
+            seeds that all have.
     edge:   "low" | "high" where the choice is at the grid's end, "" inside, "only" where there is one rate (NaN where
             it is not swept), "none" where no member ever had a number.
-    trials: members of the arm.
+    trials: members of the arm by which it was chosen.
     read:   of the arm's rates, for how many test has been read.
     """
 
@@ -143,7 +145,8 @@ def choose(table: pd.DataFrame, *, over: str = RATE, metric: str = "valid") -> l
         arm = {k: v for k, v in zip(keys, values, strict=True) if not (isinstance(v, float) and math.isnan(v))}
         scores = rows[metric].where(rows.status == "finished").fillna(math.inf)
         at = rows[over] if over in rows else pd.Series(math.nan, rows.index)
-        means = scores.groupby(at, dropna=False).mean().sort_index()
+        of_all = _seeds_of_all(rows, at)
+        means = scores[of_all].groupby(at[of_all], dropna=False).mean().sort_index()
         best = int(np.argmin(means.to_numpy()))
         rate = means.index[best]
         chosen = rows[at.isna() if pd.isna(rate) else at == rate]
@@ -153,16 +156,26 @@ def choose(table: pd.DataFrame, *, over: str = RATE, metric: str = "valid") -> l
             Choice(
                 arm=arm,
                 rate=float(rate),
-                valid=float(means.iloc[best]),
+                valid=float(scores[chosen.index].mean()),
                 seeds=[float(v) for v in scores[chosen.index]],
                 rates={float(k): float(v) for k, v in means.items()},
                 edge=edge,
-                trials=len(rows),
+                trials=int(of_all.sum()),
                 members=list(chosen.name),
                 read=at[rows.test.notna()].nunique(dropna=False) if "test" in rows else 0,
             )
         )
     return found
+
+
+def _seeds_of_all(rows: pd.DataFrame, at: pd.Series) -> pd.Series:
+    """Which rows have a seed that all values of `at` have; all where there is none such."""
+    everywhere = pd.Series(True, rows.index)
+    if SEED not in rows:
+        return everywhere
+    seeds = rows[SEED].fillna(-1)  # of a recipe that sweeps none
+    shared = set.intersection(*(set(own) for _, own in seeds.groupby(at, dropna=False)))
+    return seeds.isin(shared) if shared else everywhere
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """A sweep until its choices can be trusted.
 
 An arm whose best learning rate lies at the edge of its grid gets the next one, and every other arm one more too, so
-that all are chosen from as many trials. Then test is read once, of the members of what was chosen. Other data is read
-of all members whenever it is asked for: what they have forgotten, for one.
+that all are chosen from as many trials. What was chosen is trained with more seeds where they are asked for. Then test
+is read once, of the members of what was chosen. Other data is read of all members whenever it is asked for: what they
+have forgotten, for one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peftax import results, sweep
@@ -25,6 +26,7 @@ def run(
     overrides: sweep.Pairs = (),
     *,
     extend: int = ROUNDS,
+    seeds: Sequence[int] = (),
     measures: Mapping[str, str] | None = None,
     retry: bool = False,
     **how,
@@ -33,6 +35,7 @@ def run(
 
     Args:
       extend: rounds of one more learning rate for every arm, at most; 0: none.
+      seeds: with which the chosen rate of every arm is trained too.
       measures: {name: data} to read of every finished member and of its untouched base, beside those that this sweep
         was asked for before; see train/readings.other.
       how: the rest of sweep.run.
@@ -47,6 +50,9 @@ def run(
     left = {folder: sweep.unread(folder) for folder in found}  # tried, or in the engine's queue
     sweep.say(workdir, measures=measures)
     while sweep.ENDED.issuperset(found.values()) and extend_grids(workdir, extend):
+        found = sweep.run(name_or_path, workdir, overrides, **how)
+    if seeds and sweep.ENDED.issuperset(found.values()):
+        repeat(workdir, seeds)
         found = sweep.run(name_or_path, workdir, overrides, **how)
     if sweep.ENDED.issuperset(found.values()):
         sweep.say(workdir, test=to_test(workdir))
@@ -98,6 +104,12 @@ def extend_grids(workdir: str | Path, rounds: int = ROUNDS) -> bool:
     if rates:
         sweep.add_round(workdir, rates)
     return bool(rates)
+
+
+def repeat(workdir: str | Path, seeds: Sequence[int]) -> None:
+    """Add these seeds to what is chosen in a sweep whose members have all ended."""
+    found = [c for c in choices(workdir) if math.isfinite(c.valid)]
+    sweep.add_seeds(workdir, {c.members[0]: None if math.isnan(c.rate) else c.rate for c in found}, seeds)
 
 
 def choices(workdir: str | Path) -> list[Choice]:

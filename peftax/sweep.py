@@ -10,7 +10,7 @@ A recipe says what it sweeps beside its config:
 Each `add` is a member: overrides of the config, left to right, so that `method.name` installs a method's defaults and
 later keys change them. "seed" stands for all seeds of a run. A sweep's folder holds
 
-  sweep.json            the recipe, its members, and the rounds of learning rates that were added to them
+  sweep.json            the recipe, its members, and what was added to them: rounds of learning rates, seeds
   MEMBER/member.json    its overrides
   MEMBER/environment.json   versions, git revision, host
   MEMBER/...            what a run writes (config.json, metrics.jsonl, adapter/, checkpoints/)
@@ -59,8 +59,8 @@ def members(
     """{name: overrides} of a recipe's sweep; `overrides` come before each member's own.
 
     Args:
-      rounds: of learning rates beside the recipe's, [{"arm": see `arm`, "rate": a number}, ...] each; a rate is tried
-        with all seeds of its arm.
+      rounds: of what is beside the recipe's, [{"arm": see `arm`, "rate": a number, or None where none is swept}, ...]
+        each; a rate is tried with all seeds of its arm, or with "seeds" where it says some.
 
     Raises ValueError where the recipe sweeps nothing, or says the same member twice.
     """
@@ -80,8 +80,10 @@ def members(
         found[name] = [*overrides, *pairs(values)]
     for more in (more for each in rounds for more in each):
         for values in (values for values in added if arm(pairs(values)) == more["arm"]):
-            values = {**values, RATE: more["rate"]}
-            found.setdefault(member_name(values, short), [*overrides, *pairs(values)])
+            values = {**values, **({} if more["rate"] is None else {RATE: more["rate"]})}
+            for seed in more.get("seeds", (None,)):
+                one = {**values, **({} if seed is None else {"seed": seed})}
+                found.setdefault(member_name(one, {"seed": "seed", **short}), [*overrides, *pairs(one)])
     return found
 
 
@@ -121,7 +123,7 @@ def _short_names(keys: set[str]) -> dict[str, str]:
 def said(workdir: str | Path) -> dict[str, Any]:
     """What a sweep's folder says of it: sweep.json, or what it would begin with."""
     file = Path(workdir) / "sweep.json"
-    return {"rounds": [], "test": [], "measures": {}, **(read_json(file) if file.exists() else {})}
+    return {"rounds": [], "seeds": [], "test": [], "measures": {}, **(read_json(file) if file.exists() else {})}
 
 
 def say(workdir: str | Path, **more: Any) -> None:
@@ -134,11 +136,27 @@ def add_round(workdir: str | Path, rates: Mapping[str, float]) -> None:
 
     Written before any folder is made, so that a round is there whole or not at all.
     """
-    now, round_ = said(workdir), []
-    for name, rate in rates.items():
-        own = read_json(Path(workdir) / name / "member.json")["overrides"][len(now["overrides"]) :]
-        round_.append({"arm": arm(own), "rate": rate})
-    say(workdir, rounds=[*now["rounds"], round_])
+    round_ = [{"arm": arm_of(workdir, name), "rate": rate} for name, rate in rates.items()]
+    say(workdir, rounds=[*said(workdir)["rounds"], round_])
+
+
+def add_seeds(workdir: str | Path, rates: Mapping[str, float | None], seeds: Sequence[int]) -> None:
+    """More seeds for one learning rate of each arm, as `add_round`."""
+    more = [{"arm": arm_of(workdir, name), "rate": rate, "seeds": list(seeds)} for name, rate in rates.items()]
+    there = said(workdir)["seeds"]
+    say(workdir, seeds=[*there, *(one for one in more if one not in there)])
+
+
+def arm_of(workdir: str | Path, name: str) -> list[list[str]]:
+    """The arm of a member that is laid out."""
+    own = read_json(Path(workdir) / name / "member.json")["overrides"]
+    return arm(own[len(said(workdir)["overrides"]) :])
+
+
+def added(workdir: str | Path) -> list[list[dict[str, Any]]]:
+    """What was added to the recipe's members: for `members`."""
+    now = said(workdir)
+    return [*now["rounds"], now["seeds"]]
 
 
 def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> list[Path]:
@@ -148,7 +166,7 @@ def lay_out(name_or_path: str, workdir: str | Path, overrides: Pairs = ()) -> li
       ValueError: a member cannot be (a key that does not exist, a wrong value), or a folder of its name holds another.
     """
     workdir = Path(workdir)
-    found = members(name_or_path, overrides, said(workdir)["rounds"])
+    found = members(name_or_path, overrides, added(workdir))
     path = Path(name_or_path)
     where = str(path.resolve()) if path.suffix == ".py" else name_or_path
     for name, own in found.items():

@@ -102,6 +102,36 @@ def test_grids_grow_until_all_are_inside(tmp_path, began):
     assert {trials for *_, trials in grid(workdir).values()} == {12}
 
 
+def test_what_is_chosen_gets_more_seeds(tmp_path, began):
+    """They are counted in its mean, and take no part in the choice: seed 300 is so bad that the others would win."""
+    file, workdir = recipe_file(tmp_path), tmp_path / "w"
+    selection.run(file, workdir, extend=1)
+    once, first = grid(workdir), set(began)
+    found = selection.run(file, workdir, extend=1, seeds=(1, 300))
+    assert grid(workdir) == once and set(found.values()) == {"finished"}
+    at = {2: "0.001", 4: "0.0333"}
+    more = {f"rank={r},learning_rate={at[r]},seed={seed}" for r in at for seed in (1, 300)}
+    assert set(began) - first == more and len(began) == len(found) == len(first) + 4
+    for c in selection.choices(workdir):
+        apart = abs(math.log10(c.rate / BEST[c.arm["method.rank"]]))
+        assert len(c.members) == 3 and c.seeds == pytest.approx([1 + apart, 1.01 + apart, 4 + apart])
+        assert c.valid == pytest.approx(2.0033 + apart, abs=1e-4) and c.rates[c.rate] == pytest.approx(1 + apart)
+    assert selection.run(file, workdir, extend=1, seeds=(1, 300)) == found and len(began) == len(found)
+    assert selection.run(file, workdir, extend=1) == found  # they stay
+
+
+def test_seeds_of_a_recipe_that_sweeps_neither_seeds_nor_rates(tmp_path, began):
+    file, workdir = tmp_path / "recipe.py", tmp_path / "w"
+    sweep_ = 'def sweep(add):\n    for rank in (2, 4):\n        add({"method.rank": rank, "data.length": 64})\n'
+    text = "    config.optimizer.learning_rate = 0.01\n    return config\n\n\n"
+    head = "from peftax.configs import default\n\n\ndef get_config():\n    config = default.get_config()\n"
+    file.write_text(head + text + sweep_)
+    names = [f.name for f in sweep.lay_out(str(file), workdir)]
+    assert names == ["rank=2,length=64", "rank=4,length=64"]
+    sweep.add_seeds(workdir, dict.fromkeys(names), (1, 2))
+    assert [f.name for f in sweep.lay_out(str(file), workdir)][2:4] == [f"rank=2,length=64,seed={s}" for s in (1, 2)]
+
+
 def test_where_the_limit_ends_it_the_report_says_so(tmp_path, began, capsys):
     file, workdir = recipe_file(tmp_path), tmp_path / "w"
     command = ["sweep", f"--config={file}", f"--workdir={workdir}"]
