@@ -3,9 +3,9 @@
   python -m experiments.lora_without_regret classifier --workdir=runs/lora_without_regret
   python -m experiments.lora_without_regret language --workdir=runs/lora_without_regret
 
-Grids grow until each arm's best rate lies inside, then test is read of what was chosen. Writes NAME.md, NAME.csv,
-NAME_rates.png and NAME_rates.csv into --into (by default beside this file); what is finished in the workdir is not run
-again.
+Grids grow until each arm's best rate lies inside, what is chosen gets two more seeds, then test is read of it. Writes
+NAME.md, NAME.csv, NAME_rates.png and NAME_rates.csv into --into (by default beside this file); what is finished in the
+workdir is not run again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pandas as pd
 from absl import logging
 
 from experiments.lora_without_regret import classifier, language
-from experiments.lora_without_regret.arms import FACTOR, RANK
-from experiments.sweeps import require_finished
+from experiments.lora_without_regret.arms import FACTOR, RANK, SEEDS
+from experiments.sweeps import rates_of, require_finished
 from peftax import report, results, selection
 from peftax.report import figures
 from peftax.results import Choice
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     sweep = SWEEPS[args.name]
-    require_finished(selection.run(sweep.__file__, args.workdir / args.name, together=sweep.TOGETHER))
+    require_finished(selection.run(sweep.__file__, args.workdir / args.name, seeds=SEEDS, together=sweep.TOGETHER))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(args.name, results.load(args.workdir / args.name), args.into))
 
@@ -80,7 +80,7 @@ def write(name: str, table: pd.DataFrame, into: Path) -> str:
     by_name = table.set_index("name")
     arms = {}
     for c in results.choose(table):
-        own = by_name.loc[c.members].sort_values("seed")
+        own = by_name.loc[c.members].sort_values("seed", na_position="first")
         arms[name_of(c.arm, sweep)] = Arm(dataclasses.replace(c, members=list(own.index)), own.test.tolist())
     rows = [
         {
@@ -98,9 +98,7 @@ def write(name: str, table: pd.DataFrame, into: Path) -> str:
     ]
     found = pd.DataFrame(rows)
     found.to_csv(into / f"{name}.csv", index=False)
-    rates = pd.DataFrame(
-        [{"arm": a, "learning rate": r, "valid": v} for a, arm in arms.items() for r, v in arm.choice.rates.items()]
-    )
+    rates = rates_of({label: arm.choice for label, arm in arms.items()})
     rates.to_csv(into / f"{name}_rates.csv", index=False)
     matplotlib.use("Agg")
     figure = figures.draw_rates(rates)

@@ -3,117 +3,89 @@
   python -m experiments.sentence_sentiment --workdir=runs/sentence_sentiment
 
 Every learning rate is chosen on valid with seed 0, two more seeds train at it, and test is read once, by the three
-runs of each arm. Writes report.md, accuracy.png, accuracy.csv, rates.png and rates.csv into the workdir; what is
-finished is not run again.
+runs of each arm. Writes report.md, accuracy.png, accuracy.csv, rates.png and rates.csv into --into (by default beside
+this file); what is finished in the workdir is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from absl import logging
 
 from experiments.sentence_sentiment import config as sweeps
-from experiments.sentence_sentiment.seeds import SEEDS
-from experiments.sweeps import require_finished
-from peftax import report, results, sweep
+from experiments.sweeps import rates_of, require_finished
+from peftax import report, results, selection, sweep
+from peftax.data import movie_reviews
 from peftax.report import figures
-from peftax.results import RATE, Choice
-from peftax.train import readings
-from peftax.weights.source import write_json
+from peftax.results import Choice
 
 HERE = Path(__file__).parent
-TEST = "test.json"
+SEEDS = (1, 2)  # beside 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--workdir", default="runs/sentence_sentiment")
-    workdir = Path(parser.parse_args(argv).workdir)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/sentence_sentiment"))
+    parser.add_argument("--into", type=Path, default=HERE)
+    args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    choices = choose(workdir)
-    runs = {arm: repeated(arm, choice, workdir) for arm, choice in choices.items()}
-    write(workdir, choices, runs, tested(runs, workdir))
-    print(workdir / "report.md")
+    require_finished(selection.run(str(HERE / "config.py"), args.workdir, seeds=SEEDS))
+    args.into.mkdir(parents=True, exist_ok=True)
+    print(write(args.workdir, args.into))
 
 
-def choose(workdir: Path) -> dict[str, Choice]:
-    """{arm: its learning rate, chosen on valid}."""
-    grid = workdir / "grid"
-    require_finished(sweep.run(str(HERE / "config.py"), grid))
-    arms = dict(zip(sweep.members(str(HERE / "config.py")), (arm for arm, _ in sweeps.members()), strict=True))
-    chosen = {arms[choice.members[0]]: choice for choice in results.choose(results.load(grid))}
-    return {arm: chosen[arm] for arm in sweeps.ARMS}
+def choices(workdir: Path) -> dict[str, Choice]:
+    """{arm: what was chosen of it}, in the recipe's order."""
+    arms = {str(sweep.arm(sweep.pairs(values))): arm for arm, values in sweeps.members()}
+    found = {arms[str(sweep.arm_of(workdir, c.members[0]))]: c for c in selection.choices(workdir)}
+    return {arm: found[arm] for arm in sweeps.ARMS}
 
 
-def repeated(arm: str, choice: Choice, workdir: Path) -> list[Path]:
-    """The folders of an arm's three seeds at its chosen learning rate."""
-    settings = next(values for name, values in sweeps.members() if name == arm and values[RATE] == choice.rate)
-    folder = workdir / "seeds" / arm
-    require_finished(sweep.run(str(HERE / "seeds.py"), folder, sweep.pairs(settings)))
-    return [workdir / "grid" / choice.members[0], *(folder / f"seed={seed}" for seed in SEEDS)]
-
-
-def tested(runs: Mapping[str, Sequence[Path]], workdir: Path) -> dict[str, list[dict[str, float]]]:
-    """{arm: nll and accuracy on test of each seed}; asked once, and kept."""
-    file = workdir / TEST
-    if file.exists():
-        return json.loads(file.read_text())
-    reader = readings.Reader(sweeps.get_config().to_dict())
-    found = {arm: [reader.test(folder / "adapter") for folder in folders] for arm, folders in runs.items()}
-    write_json(file, found)
-    return found
-
-
-def write(workdir: Path, choices: Mapping[str, Choice], runs: Mapping[str, Sequence[Path]], test: Any) -> None:
-    """The report and its figures, each with its numbers."""
-    full = [1 - x["accuracy"] for x in test["full"]]
+def write(workdir: Path, into: Path) -> str:
+    """The report of a finished sweep and its figures, each with its numbers."""
+    table = results.load(workdir).set_index("name")
+    chosen = choices(workdir)
+    runs = {arm: table.loc[c.members].sort_values("seed", na_position="first") for arm, c in chosen.items()}
+    errors = {arm: list(1 - own.test_accuracy) for arm, own in runs.items()}
     rows: list[dict[str, Any]] = []
-    for arm, choice in choices.items():
-        said = [json.loads((folder / "result.json").read_text()) for folder in runs[arm]]
-        accuracy = [100 * x["accuracy"] for x in test[arm]]
-        gap = results.verdict(full, [1 - x["accuracy"] for x in test[arm]])
+    for arm, c in chosen.items():
+        own, gap = runs[arm], results.verdict(errors["full"], errors[arm])
         rows.append(
             {
                 "arm": arm,
-                "trainable": said[0]["trainable"],
-                "learning rate": choice.rate,
-                "in its grid": report.WHERE[choice.edge],
-                "valid nll": np.mean([x["best"][1] for x in said]),
-                "test nll": np.mean([x["nll"] for x in test[arm]]),
-                "test accuracy, %": np.mean(accuracy),
-                "± (3 seeds)": np.std(accuracy, ddof=1),
+                "trainable": int(own.trainable.iloc[0]),
+                "learning rate": c.rate,
+                "in its grid": report.WHERE[c.edge],
+                "valid nll": c.valid,
+                "test nll": own.test.mean(),
+                "test accuracy, %": 100 * own.test_accuracy.mean(),
+                "± (3 seeds)": 100 * own.test_accuracy.std(),
                 "errors more than full, points [95%]": "" if arm == "full" else interval(gap),
             }
         )
-    table = pd.DataFrame(rows)
-    table.to_csv(workdir / "accuracy.csv", index=False)
-    rates = pd.DataFrame(
-        [
-            {"arm": arm, "learning rate": rate, "valid": valid}
-            for arm, c in choices.items()
-            for rate, valid in c.rates.items()
-        ]
-    )
-    rates.to_csv(workdir / "rates.csv", index=False)
-    for name, figure in (("rates", figures.draw_rates(rates)), ("accuracy", draw(table))):
-        figure.savefig(workdir / f"{name}.png", dpi=120)
+    accuracy = pd.DataFrame(rows)
+    accuracy.to_csv(into / "accuracy.csv", index=False)
+    rates = rates_of(chosen)
+    rates.to_csv(into / "rates.csv", index=False)
+    for name, figure in (("rates", figures.draw_rates(rates)), ("accuracy", draw(accuracy))):
+        figure.savefig(into / f"{name}.png", dpi=120)
         figures.close(figure)
-    n = int(test["full"][0]["tokens"])
-    shown = table.round({"valid nll": 4, "test nll": 4, "test accuracy, %": 1, "± (3 seeds)": 1})
+    n = len(movie_reviews.examples("test"))
+    shown = accuracy.round({"valid nll": 4, "test nll": 4, "test accuracy, %": 1, "± (3 seeds)": 1})
     parts = [
         (f"Accuracy on {n:,} test sentences", report.markdown(shown)),
-        ("Accuracy against what trains", workdir / "accuracy.png"),
-        ("Learning rates, valid", workdir / "rates.png"),
+        ("Accuracy against what trains", into / "accuracy.png"),
+        ("Learning rates, valid", into / "rates.png"),
     ]
-    (workdir / "report.md").write_text(report.as_markdown("Sentence sentiment, run", parts))
+    text = report.as_markdown("Sentence sentiment, run", parts)
+    (into / "report.md").write_text(text)
+    return text
 
 
 def interval(gap: results.Verdict) -> str:
