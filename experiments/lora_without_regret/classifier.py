@@ -5,7 +5,7 @@ import ml_collections
 from experiments.lora_without_regret import arms
 from experiments.sentence_sentiment import config as sentiment
 
-STEPS, ROWS = 100, 4  # rows of about five sentences
+STEPS, ROWS = 64, 4  # rows of about five sentences
 ATTENTION = r".*attention\..*(query|key|value|dense)"  # 3,072 numbers a rank and layer
 MLP = r".*(intermediate|layer\.\d+\.output)\.dense"  # 3,840
 
@@ -18,5 +18,5 @@ def get_config() -> ml_collections.ConfigDict:
 
 def sweep(add):
     rates = {"lora": (1e-4, 4e-4, 1.6e-3, 6.4e-3), "full": (1e-5, 4e-5, 1.6e-4, 6.4e-4)}
-    arms.add_methods(add, ranks=(1, 4, 16, 64), places={ATTENTION: 20, MLP: 16}, **rates)
+    arms.add_methods(add, ranks=(1, 16, 64), places={ATTENTION: 20, MLP: 16}, **rates)
     arms.add_batches(add, steps=STEPS, rows=ROWS, **rates)
