@@ -2,8 +2,9 @@
 
   python -m experiments.lora_plus --workdir=runs/lora_plus
 
-Grids grow until each ratio's best rate lies inside, then test is read once for each ratio. Writes report.md, cells.csv,
-cells.png and ratios.csv into --into (by default beside this file); what is finished in the workdir is not run again.
+Grids grow until each ratio's best rate lies inside, what is chosen gets two more seeds, then test is read of it. Writes
+report.md, cells.csv, cells.png and ratios.csv into --into (by default beside this file); what is finished in the
+workdir is not run again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import matplotlib
 import pandas as pd
 from absl import logging
 
-from experiments.lora_plus.config import RATIO
-from experiments.sweeps import require_finished
+from experiments.lora_plus.config import MORE, RATIO
+from experiments.sweeps import rates_of, require_finished
 from peftax import report, results, selection
 from peftax.report import figures
-from peftax.results import RATE
 
 HERE = Path(__file__).parent
 
@@ -32,24 +32,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=HERE)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    require_finished(selection.run(str(HERE / "config.py"), args.workdir, together=16))
+    require_finished(selection.run(str(HERE / "config.py"), args.workdir, seeds=MORE, together=16))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(results.load(args.workdir), args.into))
 
 
 def write(table: pd.DataFrame, into: Path) -> str:
     """The report, from a finished sweep; cells.csv has a row for each cell, ratios.csv for each ratio."""
-    table = table.assign(ratio=table[RATIO].map(ratio))
-    cells = table.groupby(["ratio", RATE], as_index=False).valid.mean().rename(columns={RATE: "learning rate"})
+    choices = {ratio(c.arm[RATIO]): c for c in sorted(results.choose(table), key=lambda c: ratio(c.arm[RATIO]))}
+    cells = rates_of(choices).rename(columns={"arm": "ratio"})
     cells.to_csv(into / "cells.csv", index=False)
     matplotlib.use("Agg")
     figure = figures.draw_heat(cells.assign(arm=""), rows="ratio")
     figure.savefig(into / "cells.png", dpi=120)
     figures.close(figure)
-    choices = {ratio(c.arm[RATIO]): c for c in results.choose(table.drop(columns="ratio"))}
     test = {at: table[table.name.isin(c.members)].sort_values("seed").test.tolist() for at, c in choices.items()}
     rows = []
-    for at, c in sorted(choices.items()):
+    for at, c in choices.items():
         row = {"ratio": at, "A's rate": c.rate, "B's rate": at * c.rate, "in its grid": report.WHERE[c.edge]}
         row |= {"trials": c.trials, "valid": c.valid, "test": sum(test[at]) / len(test[at])}
         rows.append(row | {"test less than LoRA's [95%]": "" if at == 1 else interval(test[1.0], test[at])})

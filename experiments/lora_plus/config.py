@@ -8,6 +8,7 @@ RATE, RATIO = "optimizer.learning_rate", "optimizer.factors"
 RATES = (1e-5, 4e-5, 1.6e-4, 6.4e-4, 2.56e-3, 1.024e-2)  # of A
 RATIOS = (0.25, 1.0, 4.0, 16.0, 64.0)  # B's to A's; 1 is LoRA
 SEEDS = (0, 1)
+MORE = (2, 3)  # of what is chosen
 
 
 def get_config() -> ml_collections.ConfigDict:
