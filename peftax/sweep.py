@@ -140,11 +140,10 @@ def add_round(workdir: str | Path, rates: Mapping[str, float]) -> None:
     say(workdir, rounds=[*said(workdir)["rounds"], round_])
 
 
-def add_seeds(workdir: str | Path, rates: Mapping[str, float | None], seeds: Sequence[int]) -> None:
-    """More seeds for one learning rate of each arm, as `add_round`."""
-    more = [{"arm": arm_of(workdir, name), "rate": rate, "seeds": list(seeds)} for name, rate in rates.items()]
-    there = said(workdir)["seeds"]
-    say(workdir, seeds=[*there, *(one for one in more if one not in there)])
+def add_seeds(workdir: str | Path, name: str, rate: float | None, seeds: Sequence[int]) -> None:
+    """More seeds for one learning rate of a member's arm, as `add_round`."""
+    more = {"arm": arm_of(workdir, name), "rate": rate, "seeds": list(seeds)}
+    say(workdir, seeds=[*said(workdir)["seeds"], more])
 
 
 def arm_of(workdir: str | Path, name: str) -> list[list[str]]:
@@ -275,6 +274,13 @@ def config_of(folder: Path) -> dict[str, Any]:
     """A member's config, as its recipe says it now."""
     mine = read_json(folder / "member.json")
     return recipe.load(mine["recipe"], [tuple(p) for p in mine["overrides"]]).to_dict()
+
+
+def seed_of(folder: Path) -> int | None:
+    """A member's one seed; None where its seeds are not all the same."""
+    config = recipe.flat(config_of(folder))
+    found = {config[key] for key in SEEDS}
+    return found.pop() if len(found) == 1 else None
 
 
 def status(folder: Path) -> str:

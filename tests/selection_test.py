@@ -34,8 +34,8 @@ def began(monkeypatch):
     def submit(members, workdir, *, jobs=1):
         for folder in [sweep.Path(word) for command in members.values() for word in command[3:]]:
             own = dict(json.loads((folder / "member.json").read_text())["overrides"])
-            rate = float(own[RATE])
-            valid = 1 + abs(math.log10(rate / BEST[int(own["method.rank"])])) + int(own["data.seed"]) / 100
+            rate = float(own.get(RATE, 0.01))
+            valid = 1 + abs(math.log10(rate / BEST[int(own["method.rank"])])) + int(own.get("data.seed", 0)) / 100
             lines = [{"step": 0, "valid_nll": 9.0}, {"step": 1, "valid_nll": valid}]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
             if rate > 1:
@@ -128,8 +128,9 @@ def test_seeds_of_a_recipe_that_sweeps_neither_seeds_nor_rates(tmp_path, began):
     file.write_text(head + text + sweep_)
     names = [f.name for f in sweep.lay_out(str(file), workdir)]
     assert names == ["rank=2,length=64", "rank=4,length=64"]
-    sweep.add_seeds(workdir, dict.fromkeys(names), (1, 2))
-    assert [f.name for f in sweep.lay_out(str(file), workdir)][2:4] == [f"rank=2,length=64,seed={s}" for s in (1, 2)]
+    found = selection.run(str(file), workdir, seeds=(0, 1, 2))  # 0 is what they have
+    assert {f.name for f in found} == {*names, *(f"{name},seed={s}" for name in names for s in (1, 2))}
+    assert [c.members for c in selection.choices(workdir)] == [[n, f"{n},seed=1", f"{n},seed=2"] for n in names]
 
 
 def test_where_the_limit_ends_it_the_report_says_so(tmp_path, began, capsys):
