@@ -66,11 +66,11 @@ class Arm:
 
 
 def name_of(arm: dict, sweep) -> str:
-    """ "rank 16", "attention", "full, 16 rows"."""
+    """ "rank 16", "attention, rank 20", "full, batches of 16"."""
     places = {sweep.ATTENTION: "attention", sweep.MLP: "mlp"}
     rank = f"rank {arm['method.rank']:g}" if "method.rank" in arm else "full"
     where = f"{places[arm['method.targets']]}, " if "method.targets" in arm else ""
-    rows = f", {arm['train.batch_size']:g} rows" if "train.batch_size" in arm else ""
+    rows = f", batches of {arm['train.batch_size']:g}" if "train.batch_size" in arm else ""
     return where + rank + rows
 
 
@@ -140,7 +140,7 @@ def claims(arms: dict[str, Arm], rows: int) -> list[dict[str, str]]:
         compared(f"rank {max(ranks):g} is better than rank {min(ranks):g}", "< 0", least.test, most.test),
         compared("MLP layers alone are better than attention's, as many numbers", "< 0", one.test, other.test),
     ]
-    sizes = [f"{size} rows" for size in (rows // FACTOR, rows * FACTOR)]
+    sizes = [f"batches of {size}" for size in (rows // FACTOR, rows * FACTOR)]
     if f"full, {sizes[0]}" in arms:
         gaps = [np.subtract(arms[f"rank {RANK}, {size}"].test, arms[f"full, {size}"].test) for size in sizes]
         found.append(compared("LoRA loses more in large batches: its gap there less that in small ones", "> 0", *gaps))

@@ -193,7 +193,9 @@ def _axes(x: str, y: str):
 
 
 def _legend(axes) -> None:
-    axes.legend(fontsize=7, ncols=2 if len(axes.get_legend_handles_labels()[1]) > 8 else 1)
+    many = len(axes.get_legend_handles_labels()[1]) > 8  # would lie on the lines
+    where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+    axes.legend(fontsize=7, **where)
 
 
 def close(figure) -> None:
