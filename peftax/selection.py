@@ -43,6 +43,8 @@ def run(
     Returns:
       {folder: status}, of the members that were added too.
     """
+    if wrong := [seed for seed in seeds if seed < 0]:
+        raise ValueError(f"seeds: {wrong[0]} must be at least 0")
     measures = _measures(workdir, measures or {})
     if sweep.said(workdir)["test"]:
         sweep.say(workdir, test=[])  # until it is sure what is chosen now

@@ -21,9 +21,9 @@ from absl import logging
 from experiments.sentence_sentiment import config as sweeps
 from experiments.sweeps import rates_of, require_finished
 from peftax import report, results, selection, sweep
-from peftax.data import movie_reviews
 from peftax.report import figures
 from peftax.results import Choice
+from peftax.weights.source import read_json
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2)  # beside 0
@@ -40,18 +40,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(write(args.workdir, args.into))
 
 
-def choices(workdir: Path) -> dict[str, Choice]:
+def choices(workdir: Path, table: pd.DataFrame) -> dict[str, Choice]:
     """{arm: what was chosen of it}, in the recipe's order."""
     arms = {str(sweep.arm(sweep.pairs(values))): arm for arm, values in sweeps.members()}
-    found = {arms[str(sweep.arm_of(workdir, c.members[0]))]: c for c in selection.choices(workdir)}
+    found = {arms[str(sweep.arm_of(workdir, c.members[0]))]: c for c in results.choose(table)}
     return {arm: found[arm] for arm in sweeps.ARMS}
 
 
 def write(workdir: Path, into: Path) -> str:
     """The report of a finished sweep and its figures, each with its numbers."""
-    table = results.load(workdir).set_index("name")
-    chosen = choices(workdir)
-    runs = {arm: table.loc[c.members].sort_values("seed", na_position="first") for arm, c in chosen.items()}
+    table = results.load(workdir)
+    chosen, by_name = choices(workdir, table), table.set_index("name")
+    runs = {arm: by_name.loc[c.members].sort_values("seed", na_position="first") for arm, c in chosen.items()}
     errors = {arm: list(1 - own.test_accuracy) for arm, own in runs.items()}
     rows: list[dict[str, Any]] = []
     for arm, c in chosen.items():
@@ -76,7 +76,7 @@ def write(workdir: Path, into: Path) -> str:
     for name, figure in (("rates", figures.draw_rates(rates)), ("accuracy", draw(accuracy))):
         figure.savefig(into / f"{name}.png", dpi=120)
         figures.close(figure)
-    n = len(movie_reviews.examples("test"))
+    n = int(read_json(workdir / chosen["full"].members[0] / "test.json")["tokens"])
     shown = accuracy.round({"valid nll": 4, "test nll": 4, "test accuracy, %": 1, "± (3 seeds)": 1})
     parts = [
         (f"Accuracy on {n:,} test sentences", report.markdown(shown)),

@@ -386,7 +386,7 @@ def _init_layers(init, key, place: Place, what: Any, wanted: list[dict | None], 
         else:
             theta = jax.lax.map(lambda key: init(key, what, **known), keys)
     except ValueError as error:
-        error.add_note(f"at site {place.path!r}")
+        error.__notes__ = [f"at site {place.path!r}", *getattr(error, "__notes__", ())]  # before JAX's own
         raise
     more = {}
     if draws:

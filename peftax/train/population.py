@@ -100,10 +100,9 @@ class Population:
 def make(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_batch: bool = False) -> Population:
     """The members at their starts; as `sketch`."""
     outline = sketch(base, configs, shared_batch=shared_batch)
-    methods = [run.method for run in outline.runs]
     parts = [
-        setup.start(base, m["method"], seed=m["train"]["init_seed"], method=method).part
-        for m, method in zip(configs, methods, strict=True)
+        setup.start(base, m["method"], seed=m["train"]["init_seed"], method=run.method).part
+        for m, run in zip(configs, outline.runs, strict=True)
     ]
     theta = [_split(part.frozen, base)[1] for part in parts]
     state = _states(outline.runs[0], configs[0], outline.rates, [part.trainable for part in parts])
