@@ -110,7 +110,12 @@ def extend_grids(workdir: str | Path, rounds: int = ROUNDS) -> bool:
 
 def repeat(workdir: str | Path, seeds: Sequence[int]) -> None:
     """Add these seeds to what is chosen in a sweep whose members have all ended; what has one of them keeps it."""
-    for c in (c for c in choices(workdir) if math.isfinite(c.valid)):
+    found = [c for c in choices(workdir) if math.isfinite(c.valid)]
+    if not found:
+        raise ValueError(
+            f"{workdir}: no member has a score on valid, so none is chosen for more seeds; give config.data.valid"
+        )
+    for c in found:
         there = {sweep.seed_of(Path(workdir) / name) for name in c.members}
         if more := [seed for seed in seeds if seed not in there]:
             sweep.add_seeds(workdir, c.members[0], None if math.isnan(c.rate) else c.rate, more)

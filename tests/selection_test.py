@@ -251,3 +251,7 @@ def test_without_valid_there_is_no_choice(tmp_path, began):
     for folder in sweep.lay_out(file, workdir):
         (folder / "result.json").write_text(json.dumps({"step": 1, "valid": None, "best": [1, None]}))
     assert len(selection.run(file, workdir)) == 6 and selection.choices(workdir) == []
+    with pytest.raises(ValueError, match="none is chosen for more seeds; give config.data.valid"):
+        selection.run(file, workdir, seeds=(1,))
+    with pytest.raises(ValueError, match="seeds: -1 must be at least 0"):
+        selection.run(file, workdir, seeds=(1, -1))
