@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=SWEEPS)
     parser.add_argument("--workdir", type=Path, default=Path("runs/lora_without_regret"))
     parser.add_argument("--into", type=Path, default=HERE)
+    parser.add_argument("--jobs", type=int, default=1, help="programs at one time, each on cores of its own")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     sweep = SWEEPS[args.name]
-    require_finished(selection.run(sweep.__file__, args.workdir / args.name, seeds=SEEDS, together=sweep.TOGETHER))
+    how = {"together": sweep.TOGETHER, "jobs": args.jobs}
+    require_finished(selection.run(sweep.__file__, args.workdir / args.name, seeds=SEEDS, **how))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(args.name, results.load(args.workdir / args.name), args.into))
 

@@ -5,7 +5,7 @@ from peftax.configs import smollm2_lora
 
 from experiments.lora_without_regret import arms
 
-STEPS, ROWS = 60, 1
+STEPS, ROWS = 40, 1
 ATTENTION = r".*self_attn\.(q|k|v|o)_proj"  # 3,840 numbers a rank and layer
 MLP = r".*mlp\.(gate|up|down)_proj"  # 6,336
 
@@ -15,6 +15,7 @@ TOGETHER = 4  # members in one program: of full fine-tuning, 2 GiB each
 def get_config() -> ml_collections.ConfigDict:
     config = arms.without_schedule(smollm2_lora.get_config(), steps=STEPS, rows=ROWS)
     config.data.train_length = 256
+    config.data.valid_limit = 24
     config.data.test_limit = 50
     config.train.tensorboard = False
     return config

@@ -1,16 +1,17 @@
 """Which method is best, at one learning rate for all and at each method's own?
 
-  python -m experiments.method_shootout --workdir=runs/method_shootout [--sizes native 100k 1M 5M]
+  python -m experiments.method_shootout --workdir=runs/method_shootout [--stages native 100k 1M 5M best]
 
-First all methods with one seed, at every size: grids grow until best rates lie inside. Then the best twelve with two
-more seeds: test, and what they have forgotten of other English. Writes report.md and CSV and PNG files into --into (by
-default beside this file); what is finished in the workdir is not run again.
+The methods of each size with one seed: grids grow until best rates lie inside. Then the best twelve of all with two
+more seeds: test, and what they have forgotten of other English. A stage reads what those before it have written into
+--into (by default beside this file): SIZE.csv, SIZE_rates.csv, best.csv; report.md and PNG files are made of all that is
+there. What is finished in the workdir is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +22,94 @@ from absl import logging
 from scipy import stats
 
 from experiments.method_shootout.arms import FIXED, RATE, SIZES, settings
-from experiments.sweeps import require_finished
+from experiments.sweeps import rates_of, require_finished
 from peftax import report, results, selection, sweep
-from peftax.report.figures import close
-from peftax.results import Choice
+from peftax.report import figures
 
 HERE = Path(__file__).parent
 RECIPES = {"native": "native.py", "100k": "of_100k.py", "1M": "of_1m.py", "5M": "of_5m.py"}
 BEST = 12
 OTHER = {"prose": "prose"}  # what may be forgotten
+AT_FIXED = f"valid at {FIXED:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/method_shootout"))
     parser.add_argument("--into", type=Path, default=HERE)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--stages", nargs="+", choices=(*SIZES, "best"), default=[*SIZES, "best"])
+    parser.add_argument("--jobs", type=int, default=1, help="programs at one time, each on cores of its own")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    choices = {}
-    for size in args.sizes:
-        require_finished(selection.run(str(HERE / RECIPES[size]), args.workdir / size, together=4))
-        for choice in results.choose(results.load(args.workdir / size)):
-            choices[size, choice.arm["method.name"]] = choice
-    best = sorted(choices, key=lambda at: choices[at].valid)[:BEST]
-    for size, method in best:
-        pairs = sweep.pairs({**settings(size, method), RATE: choices[size, method].rate})
-        require_finished(
-            selection.run(str(HERE / "seeds.py"), again(args.workdir, size, method), pairs, measures=OTHER)
-        )
+    matplotlib.use("Agg")
     args.into.mkdir(parents=True, exist_ok=True)
-    repeated = {at: results.load(again(args.workdir, *at)) for at in best}
-    print(write(choices, results.load(*(args.workdir / s for s in args.sizes)), repeated, args.into))
+    for stage in args.stages:
+        if stage == "best":
+            repeat(args.workdir / "seeds", args.into)
+        else:
+            of_size(stage, args.workdir / stage, args.into, args.jobs)
+        print(write(args.into))
 
 
-def again(workdir: Path, size: str, method: str) -> Path:
-    """Where an arm's other seeds lie."""
-    return workdir / "seeds" / f"{size}-{method}"
+def of_size(size: str, workdir: Path, into: Path, jobs: int) -> None:
+    """SIZE.csv: what was chosen for every method at a size; SIZE_rates.csv and .png: its learning rates."""
+    require_finished(selection.run(str(HERE / RECIPES[size]), workdir, together=4, jobs=jobs))
+    table = results.load(workdir)
+    by_name = table.set_index("name")
+    choices = {c.arm["method.name"]: c for c in results.choose(table)}
+    rows = [
+        {
+            "method": method,
+            "size": size,
+            "trainable": int(by_name.loc[c.members[0], "trainable"]),
+            "own rate": c.rate,
+            "in its grid": report.WHERE[c.edge],
+            "trials": c.trials,
+            "valid": c.valid,
+            AT_FIXED: c.rates[FIXED],
+            "test": by_name.loc[c.members[0], "test"],
+        }
+        for method, c in choices.items()
+    ]
+    pd.DataFrame(rows).sort_values("valid").to_csv(into / f"{size}.csv", index=False)
+    rates = rates_of(choices)
+    rates.to_csv(into / f"{size}_rates.csv", index=False)
+    save(figures.draw_rates(rates), into / f"{size}_rates.png")
 
 
-def write(
-    choices: Mapping[tuple[str, str], Choice],
-    table: pd.DataFrame,
-    repeated: Mapping[tuple[str, str], pd.DataFrame],
-    into: Path,
-) -> str:
-    """The report: ranking.csv of all arms with one seed, best.csv of the best with three."""
-    by_name = table.drop_duplicates("name").set_index("name")
-    ranking = pd.DataFrame(
-        [
-            {
-                "method": method,
-                "size": size,
-                "trainable": int(by_name.loc[c.members[0], "trainable"]),
-                "own rate": c.rate,
-                "in its grid": report.WHERE[c.edge],
-                "trials": c.trials,
-                "valid": c.valid,
-                f"valid at {FIXED:g}": c.rates[FIXED],
-            }
-            for (size, method), c in choices.items()
-        ]
-    ).sort_values("valid", ignore_index=True)
-    ranking["place"] = ranking.valid.rank().astype(int)
-    ranking[f"place at {FIXED:g}"] = ranking[f"valid at {FIXED:g}"].rank().astype(int)
-    ranking.to_csv(into / "ranking.csv", index=False)
-    rho, low, high = correlation(ranking["place"], ranking[f"place at {FIXED:g}"])
+def ranking_in(into: Path) -> pd.DataFrame:
+    """The arms of all sizes whose SIZE.csv is there, the best on valid first, with their places."""
+    found = [pd.read_csv(file) for size in SIZES if (file := into / f"{size}.csv").exists()]
+    if not found:
+        raise SystemExit(f"{into}: no size has been run; start with --stages {next(iter(SIZES))}")
+    ranking = pd.concat(found).sort_values("valid", ignore_index=True)
+    places = {"place": ranking.valid, f"place at {FIXED:g}": ranking[AT_FIXED]}
+    return ranking.assign(**{name: losses.rank().astype(int) for name, losses in places.items()})
+
+
+def repeat(workdir: Path, into: Path) -> None:
+    """best.csv: the best arms with two more seeds."""
     rows: list[dict[str, Any]] = []
-    for (size, method), others in repeated.items():
-        first = by_name.loc[choices[size, method].members[0]]
-        test = [first.test, *others.sort_values("seed").test]
+    for arm in ranking_in(into).head(BEST).to_dict("records"):
+        size, method = arm["size"], arm["method"]
+        pairs = sweep.pairs({**settings(size, method), RATE: arm["own rate"]})
+        seeds, folder = str(HERE / "seeds.py"), workdir / f"{size}-{method}"
+        require_finished(selection.run(seeds, folder, pairs, measures=OTHER, together=2))
+        others = results.load(folder).sort_values("seed")
+        test = [arm["test"], *others.test]
         row = {"method": method, "size": size, "test": np.mean(test), "± (seeds)": report.spread(test)}
         for name in OTHER:
             change = others[f"metrics.{name}"] - others[f"metrics.{name} before"]
             row |= {f"{name}, change": change.mean(), f"± ({name})": report.spread(change)}
         rows.append(row)
-    best = pd.DataFrame(rows).sort_values("test", ignore_index=True)
-    best.to_csv(into / "best.csv", index=False)
-    matplotlib.use("Agg")
-    for name, figure in (("ranking", draw_places(ranking)), ("best", draw_forgetting(best))):
-        figure.savefig(into / f"{name}.png", dpi=120)
-        close(figure)
+    pd.DataFrame(rows).sort_values("test").to_csv(into / "best.csv", index=False)
+
+
+def write(into: Path) -> str:
+    """The report of the stages whose files are there."""
+    ranking = ranking_in(into)
+    save(draw_places(ranking), into / "ranking.png")
+    rho, low, high = correlation(ranking["place"], ranking[f"place at {FIXED:g}"])
     parts = [
         ("Places at one rate and at each arm's own", into / "ranking.png"),
         (
@@ -109,12 +117,24 @@ def write(
             f"Spearman's correlation over {len(ranking)} arms: {rho:.2f} [{low:.2f}, {high:.2f}], arms resampled.",
         ),
         ("All arms, one seed", report.markdown(ranking)),
-        (f"The best {len(best)}, three seeds; other English with two", report.markdown(best)),
-        ("Gain and forgetting", into / "best.png"),
     ]
+    if (file := into / "best.csv").exists():
+        best = pd.read_csv(file)
+        save(draw_forgetting(best), into / "best.png")
+        parts += [
+            (f"The best {len(best)}, three seeds; other English with two", report.markdown(best)),
+            ("Gain and forgetting", into / "best.png"),
+        ]
+    drawn = [size for size in SIZES if (into / f"{size}_rates.png").exists()]
+    parts += [(f"Loss on valid over learning rates, {size}", into / f"{size}_rates.png") for size in drawn]
     text = report.as_markdown("Methods side by side, run", parts)
     (into / "report.md").write_text(text)
     return text
+
+
+def save(figure, file: Path) -> None:
+    figure.savefig(file, dpi=120)
+    figures.close(figure)
 
 
 def correlation(a: pd.Series, b: pd.Series, draws: int = 2000) -> tuple[float, float, float]:

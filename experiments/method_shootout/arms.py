@@ -72,9 +72,11 @@ SIZES = {  # numbers that train: {method: settings}; native: of methods that rea
 def get_config() -> ml_collections.ConfigDict:
     config = smollm2_lora.get_config()
     config.data.train_length = 256
+    config.data.valid_limit = 24
     config.data.test_limit = 50
+    config.optimizer.warmup_steps = 4
     config.train.batch_size = 1
-    config.train.steps = config.train.eval_every = config.train.save_every = 60
+    config.train.steps = config.train.eval_every = config.train.save_every = 24
     config.train.tensorboard = False
     return config
 

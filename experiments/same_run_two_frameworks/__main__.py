@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from experiments.same_run_two_frameworks.inputs import METHODS
+from experiments.same_run_two_frameworks.inputs import METHODS, RATES
 from experiments.speed.__main__ import ask, machine
 from experiments.speed.side import WARM
 
@@ -129,7 +129,7 @@ def write(found: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> N
         "# The same run in two frameworks",
         "",
         f"Run: {m['cpu']}, {m['threads']} threads, {', '.join(m['versions'])}; SmolLM2-135M-Instruct in f32, "
-        f"{args.rows}x{args.length} tokens, {args.steps} steps of AdamW at 1e-3.",
+        f"{args.rows}x{args.length} tokens, {args.steps} steps of AdamW.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|---|" + "--:|" * (len(rows[0]) - 1),
@@ -154,6 +154,7 @@ def row(name: str, run: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     asked = sum(len(a) for a in ours["answers"].values())
     return {
         "method": name,
+        "learning rate": f"{RATES[name]:g}",
         "loss, first": f"{ours['losses'][0]:.4f}",
         "loss, last": f"{ours['losses'][-1]:.4f}",
         "furthest apart, first 20 steps": f"{max(far[:20]):.1e}",

@@ -7,7 +7,7 @@ import peft
 import torch
 import transformers
 
-from experiments.same_run_two_frameworks.inputs import NEW
+from experiments.same_run_two_frameworks.inputs import NEW, RATES
 from experiments.speed import side
 
 
@@ -18,7 +18,7 @@ class Trainer:
         self.base, self.steps = told["base"], 0
         self.model = self.attach(args.inputs / args.adapter)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=told["rate"], weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(trained, lr=RATES[args.adapter], weight_decay=0.0, fused=True)
         self.budget = getattr(self.model.base_model, "update_and_allocate", None)  # AdaLoRA's
 
     def attach(self, folder):

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=HERE)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    require_finished(selection.run(str(HERE / "config.py"), args.workdir, seeds=SEEDS))
+    require_finished(selection.run(str(HERE / "config.py"), args.workdir, seeds=SEEDS, together=4))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(args.workdir, args.into))
 
