@@ -10,7 +10,7 @@ import pytest
 from peftax import models, weights
 from peftax.core import tree
 from peftax.data import packing
-from peftax.train import evaluate, loop, setup
+from peftax.train import evaluate, loop, readings, setup
 from tests.data import tiny
 from tests.models.bert_test import TINY
 from tests.train import tiny_run
@@ -86,6 +86,12 @@ def test_every_method_with_a_head(encoder, data, tmp_path, method):
         said = json.loads((folder / "adapter_config.json").read_text())
         assert said["task_type"] == "SEQ_CLS" and said["modules_to_save"] == ["classifier"]
     if method == "lora":
+        told = (("Paris is 1", "yes"), ("course is 2", "no"), ("Paris is 3", "no"))  # the last one is not so
+        test = tmp_path / "test.jsonl"
+        test.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in told))
+        c["data"]["test"] = str(test)
+        read = readings.Reader(c).test(folder)
+        assert read["tokens"] == 3 and read["accuracy"] == pytest.approx(2 / 3)
         folded = weights.save(run.method.fold(run.params, run.base.sites), run.base.config, tmp_path / "folded")
         assert json.loads((folded / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
         again = setup.open_base(path=str(folded))
