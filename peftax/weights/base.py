@@ -339,10 +339,25 @@ def save(
       read: (a leaf's path, a layer of its stack or None) -> what is written there; asked for one after another.
     """
     into = Path(into)
-    if not processes.first():
+    if processes.first():
+        save_alone(params, config, into, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes, read=read)
+    else:
         _write_tensors(params, read, None, dtype, max_shard_bytes)  # hands over its shards
-        processes.wait(f"{into.name} is written")
-        return into
+    processes.wait(f"{into.name} is written")
+    return into
+
+
+def save_alone(
+    params: trees.Tree,
+    config: Mapping[str, Any],
+    into: Path,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    read: Callable[[str, int | None], Any] | None = None,
+) -> None:
+    """What `save` does, by this process without the others, of a tree that it holds whole or they hand over."""
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise FileExistsError(f"{into}: exists; remove it or choose another folder")
     into.parent.mkdir(parents=True, exist_ok=True)
@@ -356,8 +371,6 @@ def save(
         part.replace(into)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    processes.wait(f"{into.name} is written")
-    return into
 
 
 def _write_tensors(params: trees.Tree, read: Callable | None, into: Path | None, dtype: Any, limit: int) -> np.dtype:

