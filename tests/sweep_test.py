@@ -233,19 +233,25 @@ def test_a_killed_member_goes_on(here, tmp_path, one_device):
 
 
 def test_kubernetes_gets_a_manifest(here, tmp_path, monkeypatch):
-    workdir = tmp_path / "my_sweep"
-    sweep.run(
-        recipe_file(here, "k8s"), workdir, on="kubernetes", together=1, image="peftax:1", claim="runs", parallel=3
-    )
-    manifest = json.loads((workdir / "jobset.yaml").read_text())
-    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert manifest["metadata"]["name"] == "my-sweep" and (job["completions"], job["parallelism"]) == (6, 3)
-    assert job["template"]["spec"]["containers"][0]["command"][-1] == "/runs/my_sweep/indices.json"
+    workdir = tmp_path / "my_sweep.2"
+    how = {"on": "kubernetes", "together": 1, "image": "peftax:1", "claim": "runs", "parallel": 3}
+    made = []
+    for second in (5, 6):
+        monkeypatch.setattr(time, "gmtime", lambda second=second: time.struct_time((2026, 1, 2, 3, 4, second, 4, 2, 0)))
+        sweep.run(recipe_file(here, "k8s"), workdir, **how)
+        manifest = json.loads((workdir / "jobset.yaml").read_text())
+        job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+        made.append((manifest["metadata"]["name"], job["template"]["spec"]["containers"][0]["command"][-1]))
+    assert (job["completions"], job["parallelism"]) == (6, 3)
+    assert made == [
+        (f"my-sweep-2-20260102-03040{s}", f"/runs/my_sweep.2/indices-20260102-03040{s}.json") for s in (5, 6)
+    ]
+    indices = workdir / Path(made[0][1]).name
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "4")
     ran = []
     monkeypatch.setattr(sweep, "run_member", ran.append)
-    sweep.main(str(workdir / "indices.json"))
-    assert ran == [workdir / json.loads((workdir / "indices.json").read_text())[4][0]]
+    sweep.main(str(indices))
+    assert ran == [workdir / json.loads(indices.read_text())[4][0]]
 
 
 def test_engines_that_are_not_installed_say_what_to_install(here, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ def submit(
 ) -> None:
     """Write WORKDIR/jobset.yaml: an indexed job, whose each index trains one member and is tried again after a kill.
 
+    Each call's job has a name and a list of members of its own, so that one which still runs keeps its list, and one
+    which has ended stands in nobody's way.
+
     Args:
       image: with peftax in it.
       claim: the persistent volume claim that holds the sweep's folder, mounted at `mount` under its own name.
@@ -35,14 +40,16 @@ def submit(
     groups = [
         [Path(word).name for word in command[3:]] for command in members.values()
     ]  # behind python -m peftax.sweep
-    write_json(workdir / "indices.json", groups)
+    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    indices = workdir / f"indices-{now}.json"
+    write_json(indices, groups)
     pod = {
         "restartPolicy": "Never",
         "containers": [
             {
                 "name": "member",
                 "image": image,
-                "command": ["python", "-m", "peftax.sweep", f"{mount}/{workdir.name}/indices.json"],
+                "command": ["python", "-m", "peftax.sweep", f"{mount}/{workdir.name}/{indices.name}"],
                 "volumeMounts": [{"name": "runs", "mountPath": mount}],
                 **({"resources": {"limits": dict(resources)}} if resources else {}),
             }
@@ -61,9 +68,14 @@ def submit(
     manifest = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": workdir.name.lower().replace("_", "-")},
+        "metadata": {"name": f"{_label(workdir.name)}-{now}"},
         "spec": {"replicatedJobs": [{"name": "members", "replicas": 1, "template": {"spec": job}}]},
     }
     file = workdir / "jobset.yaml"
     write_json(file, manifest)  # JSON is YAML
     print(f"written: {file}; kubectl apply -f {file}", file=sys.stderr)
+
+
+def _label(name: str) -> str:
+    """As Kubernetes wants names, and short: pods add to it."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())[:24].strip("-") or "sweep"
