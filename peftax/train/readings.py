@@ -54,7 +54,7 @@ class Reader:
 
 def _kind(adapter: Path) -> str:
     """Adapters that differ in their numbers alone share a program."""
-    return "".join(file.read_text() for file in sorted(adapter.rglob("*_config.json")))
+    return "".join(file.read_text() for file in sorted(adapter.rglob("*.json")))
 
 
 def other(base: setup.Base, data: Mapping[str, Any], source: str) -> packing.Rows:

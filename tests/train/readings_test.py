@@ -45,6 +45,18 @@ def test_test_and_other_data(run, tmp_path):
         reader.measure(str(tmp_path / "gone.jsonl"), adapter)
 
 
+def test_methods_that_peft_does_not_know_are_told_apart(run, tmp_path):
+    config, _ = run
+    adapters = []
+    for method in ({"name": "full", "targets": ".*k_proj"}, {"name": "adapter", "size": 4}):
+        loop.train({**config, "method": method}, tmp_path / method["name"])
+        adapters.append(tmp_path / method["name"] / "adapter")
+    reader = readings.Reader(config)
+    one_by_one = [readings.Reader(config).test(adapter)["nll"] for adapter in adapters]
+    assert [reader.test(adapter)["nll"] for adapter in adapters] == pytest.approx(one_by_one, rel=1e-6)
+    assert len(reader._applies) == 2
+
+
 def test_a_task_is_a_file_that_has_examples(run, monkeypatch):
     assert readings.is_task("prose") and readings.is_task("function_calling")
     assert not any(map(readings.is_task, ("packing", "imdb", "some/hub_name", "file.jsonl")))
