@@ -13,21 +13,22 @@ type; the result is saved as whole tensors. What PEFT reads is lora with bias="a
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 
 from peftax.core import lift
 from peftax.core.method import Method
+from peftax.core.targets import named
 
 
 def bitfit(
     *,
-    targets: str = ".*",  # regex over whole module names whose biases train
+    targets: str | Sequence[str] = ".*",  # regex over whole names | names and suffixes, of modules whose biases train
 ) -> Method:
     """Biases of the matching modules."""
     config = dict(locals())
 
     def chosen(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        return leaf == "bias" and re.fullmatch(targets, module) is not None
+        return leaf == "bias" and named(targets, module)
 
     return lift.select("bitfit", chosen, config=config)

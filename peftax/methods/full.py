@@ -9,20 +9,21 @@ Source: none; it is what the papers compare with.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 
 from peftax.core import lift
 from peftax.core.method import Method
+from peftax.core.targets import named
 
 
 def full(
     *,
-    targets: str = ".*",  # regex over whole module names whose leaves train
+    targets: str | Sequence[str] = ".*",  # regex over whole names | names and suffixes, of modules whose leaves train
 ) -> Method:
     """All leaves of the matching modules."""
     config = dict(locals())
 
     def chosen(name: str) -> bool:
-        return re.fullmatch(targets, name.rpartition(".")[0]) is not None
+        return named(targets, name.rpartition(".")[0])
 
     return lift.select("full", chosen, config=config)

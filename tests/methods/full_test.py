@@ -12,8 +12,9 @@ def test_everything_trains():
     assert tree.flatten(trainable).keys() == tree.flatten(tiny.params()).keys()
 
 
-def test_some_modules():
-    _, trainable = full(targets=r"lm_head|.*\.mlp\..*").init(jax.random.key(0), tiny.params(), tiny.found())
+@pytest.mark.parametrize("targets", [r"lm_head|.*\.mlp\..*", ["lm_head", "gate_proj", "up_proj", "mlp.down_proj"]])
+def test_some_modules(targets):
+    _, trainable = full(targets=targets).init(jax.random.key(0), tiny.params(), tiny.found())
     names = {p.split("/")[-2] for p in tree.flatten(trainable)}
     assert names == {"lm_head", "gate_proj", "up_proj", "down_proj"}
 
