@@ -4,8 +4,8 @@
 
 The methods of each size with one seed: grids grow until best rates lie inside. Then the best twelve of all with two
 more seeds: test, and what they have forgotten of other English. A stage reads what those before it have written into
---into (by default beside this file): SIZE.csv, SIZE_rates.csv, best.csv; report.md and PNG files are made of all that
-is there. What is finished in the workdir is not run again.
+--into (by default beside this file): SIZE.csv, SIZE_rates.csv, best.csv; report.md, ranking.csv and PNG files are made
+of all that is there. What is finished in the workdir is not run again.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def repeat(workdir: Path, into: Path) -> None:
 def write(into: Path) -> str:
     """The report of the stages whose files are there."""
     ranking = ranking_in(into)
+    ranking.to_csv(into / "ranking.csv", index=False)
     save(draw_places(ranking), into / "ranking.png")
     rho, low, high = correlation(ranking["place"], ranking[f"place at {FIXED:g}"])
     parts = [

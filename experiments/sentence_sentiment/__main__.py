@@ -33,9 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/sentence_sentiment"))
     parser.add_argument("--into", type=Path, default=HERE)
+    parser.add_argument("--jobs", type=int, default=2, help="programs at one time, each on cores of its own")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    require_finished(selection.run(str(HERE / "config.py"), args.workdir, seeds=SEEDS, together=4))
+    how = {"together": 4, "jobs": args.jobs}
+    require_finished(selection.run(str(HERE / "config.py"), args.workdir, seeds=SEEDS, **how))
     args.into.mkdir(parents=True, exist_ok=True)
     print(write(args.workdir, args.into))
 

@@ -28,11 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.task = "movie_reviews"
     config.data.length = 128
     config.data.policy = "truncate"
-    config.optimizer.warmup_steps = 20
-    config.train.steps = 200
+    config.optimizer.warmup_steps = 10
+    config.train.steps = config.train.eval_every = config.train.save_every = 100
     config.train.batch_size = 4  # rows of about five sentences
-    config.train.eval_every = 100
-    config.train.save_every = 200
     config.train.log_every = 20
     config.train.keep = 1
     config.train.tensorboard = False
