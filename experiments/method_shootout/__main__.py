@@ -160,7 +160,7 @@ def draw_places(ranking: pd.DataFrame):
         axes.text(1.03, right, f"{row['method']}, {row['size']}", va="center", fontsize=7)
         axes.text(-0.03, left, f"{row['method']}, {row['size']}", va="center", ha="right", fontsize=7)
     axes.set_xticks((0, 1), (f"{FIXED:g} for all", "each its own"))
-    axes.set(xlim=(-0.6, 1.6), ylabel="place by loss on valid")
+    axes.set(xlim=(-0.6, 1.6), ylabel="place by loss on valid", yticks=(1, *range(5, len(ranking) + 1, 5)))
     axes.invert_yaxis()
     return figure
 
