@@ -42,6 +42,7 @@ from typing import Any
 
 from peftax import recipe
 from peftax.core import tree
+from peftax.data import asset
 from peftax.weights.source import read_json, write_json
 
 Pairs = Sequence[tuple[str, str]]
@@ -215,6 +216,8 @@ def run(
     known = inspect.signature(submit).parameters
     if wrong := [k for k in how if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]:
         raise ValueError(f"engine {on} has no setting {wrong[0]!r}; the nearest: {tree.nearest(wrong[0], known)}")
+    if lacking := [k for k, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and k not in how]:
+        raise ValueError(f"engine {on} wants {', '.join(lacking)}: {' '.join(f'--set {k}=...' for k in lacking)}")
     folders = lay_out(name_or_path, workdir, overrides)
     wanted = [f for f in folders if status(f) in ("waiting", "stopped") or (retry and status(f) == "failed")]
     trained = populations(wanted, together)
@@ -367,8 +370,7 @@ def _read(folder: Path, name: str, reader: Any) -> None:
         write_json(folder / "test.json", {**reader.test(folder / "adapter"), "data": test_of(config_of(folder))})
         return
     source, base = said(folder.parent)["measures"][name], base_file(folder)
-    base.parent.mkdir(exist_ok=True)
-    with _held(base.with_suffix(".lock"), wait=True):  # the first reads, the others find it
+    with asset.made_once(base):  # the first reads, the others find it
         _measure(base, name, lambda: reader.measure(source))
     _measure(folder / "metrics.json", name, lambda: reader.measure(source, folder / "adapter"))
 
@@ -448,11 +450,11 @@ def error(folder: Path, file: str = "error.txt") -> str:
 
 
 @contextmanager
-def _held(file: Path, wait: bool = False) -> Iterator[None]:
-    """The lock of a member's folder; raises where another process trains it, or waits for that."""
+def _held(file: Path) -> Iterator[None]:
+    """The lock of a member's folder; raises where another process trains it."""
     with file.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"{file.parent}: another process trains this member") from None
         yield

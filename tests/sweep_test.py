@@ -234,6 +234,9 @@ def test_a_killed_member_goes_on(here, tmp_path, one_device):
 
 def test_kubernetes_gets_a_manifest(here, tmp_path, monkeypatch):
     workdir = tmp_path / "my_sweep.2"
+    with pytest.raises(ValueError, match="kubernetes wants image, claim: --set image=... --set claim=..."):
+        sweep.run(recipe_file(here, "k8s"), workdir, on="kubernetes")
+    assert not workdir.exists()
     how = {"on": "kubernetes", "together": 1, "image": "peftax:1", "claim": "runs", "parallel": 3}
     made = []
     for second in (5, 6):
