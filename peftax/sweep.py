@@ -250,10 +250,9 @@ def populations(folders: Sequence[Path], most: int) -> list[list[Path]]:
         if most < 2 or (file.exists() and "population" not in read_json(file)):
             return None
         config = config_of(folder)
-        if population.together([config, config]) is not None:
+        if population.together([config]) is not None:
             return None
-        fixed = {k: v for k, v in recipe.flat(config).items() if k not in population.FREE}
-        return json.dumps(fixed, sort_keys=True)
+        return json.dumps(population.fixed(config), sort_keys=True)
 
     on = {str(group): group for group in map(begun, folders) if group}
     gone_on = {folder for group in on.values() for folder in group}

@@ -182,6 +182,19 @@ def test_members_that_may_train_in_one_program(here, tmp_path, one_device, monke
     assert sweep.populations(folders[3:] + [alone], 8)[-1] == [alone]  # it began by itself
 
 
+@pytest.mark.parametrize("method, programs", [("lora", 1), ("hra", 2)])
+def test_ranks_share_a_program_where_zeros_may_pad_them(here, tmp_path, method, programs):
+    file = Path(recipe_file(here, f"ranks_of_{method}"))
+    adds = f"""
+    for rank in (2, 4):
+        for rate in RATES:
+            add({{"method.name": "{method}", "method.rank": rank, "optimizer.learning_rate": rate}})
+"""
+    file.write_text(file.read_text().partition("def sweep(add):")[0] + "def sweep(add):" + adds)
+    folders = sweep.lay_out(str(file), tmp_path / "w")
+    assert len(folders) == 6 and len(sweep.populations(folders, 8)) == programs
+
+
 def test_a_population_goes_on_as_it_was(here, tmp_path):
     """With a member that failed in it; not where it has no checkpoint, and not where it has ended."""
     folders = sweep.lay_out(recipe_file(here, "on"), tmp_path / "w")

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -24,7 +25,7 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peftax import recipe, weights
+from peftax import methods, recipe, weights
 from peftax.core import tree
 from peftax.core.method import Partition
 from peftax.train import evaluate, loop, optimizers, programs, setup, writers
@@ -33,26 +34,33 @@ from peftax.weights.checkpoint import Checkpoints
 
 CPU_TOKENS = 512  # that meet the base at once there: more are no quicker, and leave the caches
 
-FREE = {  # keys of a config in which members may differ
+FREE = {  # keys of a config in which members may differ, and ranks: see `fixed`
     "optimizer.learning_rate",
     "method.alpha",
-    "method.rank",
     "data.seed",
     "train.init_seed",
     "train.dropout_seed",
 }
+OF_THE_BASE = ("pissa", "pissa_fast", "olora", "eva", "loftq")  # starts that move it, or look at what it is given
+
+
+def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What members have to have in common, by dotted key; ranks too where zeros behind them would not stay zeros."""
+    method = config["method"]
+    free = FREE | ({"method.rank"} if "rank" in method and methods.make(method["name"]).pads else set())
+    return {key: value for key, value in recipe.flat(config).items() if key not in free}
 
 
 def together(configs: Sequence[Mapping[str, Any]]) -> str | None:
     """Why these configs cannot train in one program; None if they can."""
-    flat = [recipe.flat(c) for c in configs]
-    for config in flat[1:]:
-        for key in sorted(flat[0].keys() | config.keys()):
-            if key not in FREE and flat[0].get(key) != config.get(key):
-                return f"they differ in {key}: {flat[0].get(key)!r} and {config.get(key)!r}"
-    first = configs[0]
-    if first["method"].get("init") in ("pissa", "pissa_fast", "olora", "eva", "loftq"):
-        return f"init {first['method']['init']!r} moves or looks at the base, which they share"
+    first, *others = map(fixed, configs)
+    for other in others:
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                return f"they differ in {key}: {first.get(key)!r} and {other.get(key)!r}"
+    for key, value in first.items():
+        if re.fullmatch(r"method\.(.+\.)?init", key) and value in OF_THE_BASE:
+            return f"init {value!r} moves or looks at the base, which they share"
     if first["warm_start"]:
         return "they start from an adapter"
     return None
@@ -128,9 +136,6 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
     run, method = runs[0], runs[0].method
     if method.move is not None:
         raise ValueError(f"a population: {method.name} moves the base; run these members by themselves")
-    sizes = [jax.tree.map(jnp.shape, r.part.trainable) for r in runs]
-    if any(s != sizes[0] for s in sizes) and not method.pads:
-        raise ValueError(f"a population: {method.name} does not pad ranks with zeros; sweep its ranks one by one")
     of_step = programs.of_step(run, config)
     drops = of_step.pop("dropout_seed") is not None
 

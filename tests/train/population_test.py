@@ -185,7 +185,7 @@ def test_zeros_behind_a_rank_stay_zeros(here, name):
     "change, says",
     [
         ({"train__batch_size": 16}, "they differ in train.batch_size: 8 and 16"),
-        ({"method__rank": 2}, "vera does not pad ranks"),
+        ({"method__rank": 2}, "they differ in method.rank: 8 and 2"),
         ({"method__name": "lora"}, "they differ in method."),
     ],
 )
@@ -194,8 +194,10 @@ def test_what_cannot_be_together_says_why(here, change, says):
     base = base_of(configs[0])
     with pytest.raises(ValueError, match=says):
         population.make(base, configs)
-    moved = [config_of(here, "lora", method__init="pissa") for _ in range(2)]
-    assert "moves" in population.together(moved)
+    moved = config_of(here, "lora", method__init="pissa")
+    assert "moves" in population.together([moved, moved])
+    chain = {"name": "prefix+lora", "prefix": {}, "lora": {"init": "pissa"}}
+    assert "moves" in population.together([{**moved, "method": chain}])
 
 
 def test_the_base_is_read_in_one_product(here):
