@@ -2,7 +2,10 @@
 
 import functools
 import importlib
+import inspect
+import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 import peftax
-from peftax import catalog, cli, methods, recipe
+from peftax import catalog, cli, methods, recipe, sweep
 from peftax.core.method import Method
 from peftax.data import packing
 from peftax.methods import inits
@@ -214,6 +217,37 @@ def test_your_own_model():
 
         packed, padded = both(names["base"], *(lay(names["examples"], 12) for lay in (packing.pack, packing.pad)))
         assert abs(packed - padded) < 1e-5 * padded
+
+
+def test_a_sweep_as_it_is_shown(tmp_path, monkeypatch, capsys):
+    """The recipe has its three arms, the commands are peftax's, the code reads what such a sweep leaves."""
+    shown, reading = blocks("sweeps.md")
+    file, folder = tmp_path / "ranks.py", tmp_path / "runs" / "ranks"
+    file.write_text(shown)
+    folders = sweep.lay_out(str(file), folder)
+    assert len(folders) == 9
+    page = (DOCS / "sweeps.md").read_text()
+    lines = re.findall(r"^(peftax .*?)(?: +#.*)?$", page, re.M)
+    assert len(lines) == 6
+    for line in lines:
+        args, rest = cli._parser().parse_known_args(shlex.split(line)[1:])
+        assert args.command in commands() and [r for r in rest if not cli.OVERRIDE.fullmatch(r)] == [], line
+        for named in getattr(args, "folders", []):
+            assert (tmp_path / named).exists(), line
+    for flag in re.findall(r"`(--[a-z]+)", page):
+        assert flag in {f for c in ("sweep", "plan") for f in commands()[c]._option_string_actions}, flag
+    for engine in sweep.ENGINES:
+        (told,) = re.findall(rf"^\| `{engine}` \| (.*) \|$", page, re.M)
+        submit = importlib.import_module(f"peftax.engines.{engine}").submit
+        known = {k for k, p in inspect.signature(submit).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        assert known <= set(re.findall(r"`(\w+)`", told)), engine
+
+    for i, run in enumerate(folders):
+        (run / "result.json").write_text(json.dumps({"step": 1, "valid": 1 + i / 10, "best": [1, 1 + i / 10]}))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(reading, "sweeps.md", "exec"), names)
+    assert capsys.readouterr().out.count("low") == 3 and names["chosen"]["ia3"].rate == 1e-4
 
 
 def test_the_record_is_described():
