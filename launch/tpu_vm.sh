@@ -2,7 +2,7 @@
 # Train on a TPU slice's VMs: TPU=NAME ZONE=ZONE launch/tpu_vm.sh CONFIG WORKDIR [--config.KEY=VALUE ...]
 #
 # Every worker of the slice starts the same command; JAX learns from the VM's metadata how many there are. The command
-# runs until it is done; a worker that is lost ends all others, and this script starts all again, up to TRIES times.
+# runs until it is done; a worker that is lost ends all others, and this script starts all again, TRIES times at most.
 set -euo pipefail
 
 TPU=${TPU:?the name of the TPU}
@@ -23,9 +23,9 @@ for ((try = 1; ; try++)); do
   status=0
   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="cd $(printf %q "$SOURCE") && $command" ||
     status=$?
-  if ((status == 0 || try >= TRIES)); then
+  if ((status == 0 || try > TRIES)); then
     exit "$status"
   fi
-  echo "status $status: start $((try + 1)) of $TRIES, it goes on where it stopped" >&2
+  echo "status $status: again, $try of $TRIES: it goes on where it stopped" >&2
   sleep 30
 done

@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     model(sub, adapter=False, several=True)
     sub.add_argument("--data", help="file or hub name with messages, or prompt and completion")
     sub.add_argument("--split", default="test", help="split of the data or the task")
-    sub.add_argument("--task", help="a task instead of data, such as function_calling: also scores generations")
+    sub.add_argument("--task", help="a task instead of data, such as function_calling")
     sub.add_argument("--limit", type=int, help="at most this many rows")
     sub.add_argument("--length", type=int, default=1024, help="context, tokens")
     cluster(sub)

@@ -46,12 +46,14 @@ def test_the_readme_links_every_page():
 
 
 def test_the_floors_name_every_file():
-    """docs/design.md lists what core, data, weights and train hold."""
+    """docs/design.md lists the files of the package, and what ops, core, data, weights and train hold."""
     text = (DOCS / "design.md").read_text()
-    for folder in ("core", "data", "weights", "train"):
+    for folder in ("ops", "core", "data", "weights", "train"):
         (line,) = re.findall(rf"^  {folder}/ +\d  (.*)$", text, re.M)
         for file in (ROOT / "peftax" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", line), f"{folder}/{file.name}"
+    for file in (ROOT / "peftax").glob("[a-z]*.py"):
+        assert re.search(rf"(^|;)  {file.name} +\d  ", text, re.M), file.name
 
 
 # --- coming_from.md -------------------------------------------------------------------------------

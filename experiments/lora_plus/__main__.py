@@ -51,7 +51,7 @@ def write(table: pd.DataFrame, into: Path) -> str:
     for at, c in choices.items():
         row = {"ratio": at, "A's rate": c.rate, "B's rate": at * c.rate, "in its grid": report.WHERE[c.edge]}
         row |= {"trials": c.trials, "valid": c.valid, "test": sum(test[at]) / len(test[at])}
-        rows.append(row | {"test less than LoRA's [95%]": "" if at == 1 else interval(test[1.0], test[at])})
+        rows.append(row | {"test minus LoRA's [95%]; is it lower?": "" if at == 1 else interval(test[1.0], test[at])})
     ratios = pd.DataFrame(rows)
     ratios.to_csv(into / "ratios.csv", index=False)
     parts = [

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.rule("result")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    facts = {"minutes": (time.perf_counter() - began) / 60, "peak_gb": peak, "test_rows": len(test)}
+    facts = {"minutes": (time.perf_counter() - began) / 60, "peak_gib": peak, "test_rows": len(test)}
     text = report(systems, losses, tuned, test, facts)
     (workdir / "report.md").write_text(text)
     (workdir / "results.json").write_text(json.dumps(_figures(systems, losses, facts), indent=1))
@@ -136,7 +136,7 @@ def report(systems, losses, tuned: Sequence[str], rows, facts: Mapping[str, Any]
         "# Function calling with SmolLM2-135M-Instruct",
         "",
         f"{len(rows)} held-out questions about functions that are in no training row. Run on CPU: "
-        f"{facts['minutes']:.1f} minutes, peak memory {facts['peak_gb']:.2f} GB.",
+        f"{facts['minutes']:.1f} minutes, peak memory {facts['peak_gib']:.2f} GiB.",
         "",
         "| system | parses % | right function % | full match % | full match %, ≥ 2 tools | seconds |",
         "|---|--:|--:|--:|--:|--:|",

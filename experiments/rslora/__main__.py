@@ -1,6 +1,6 @@
 """What a rank does to LoRA's gradient and first step, with alpha / rank and with alpha / sqrt(rank).
 
-  python -m experiments.rslora [--ranks=1,4,16,64,256 --seeds=3 --rows=2 --length=256]
+  python -m experiments.rslora [--ranks=1,4,16,64,256 --seeds=3 --rows=1 --length=256]
 
 SmolLM2-135M-Instruct, LoRA on all linear layers, batches of the function-calling task. Writes slopes.csv, slopes.png
 and report.md into --into (by default beside this file).
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=HERE)
     parser.add_argument("--ranks", default="1,4,16,64,256")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     args = parser.parse_args(argv)
     rows = list(measure(list(map(int, args.ranks.split(","))), args.seeds, args.rows, args.length))
@@ -120,7 +120,7 @@ def report(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     lines += [
         "",
         f"The fall is the straight line's: {STEP:g} (Adam's step) times the sum of the gradient's sizes. The loss that "
-        f"was measured after the step falls by as much, within {far:.0%}.",
+        f"was measured after the step falls by as much, within {far:.1%}.",
         "",
         "![Gradient and first step over the rank](slopes.png)",
     ]
