@@ -49,6 +49,20 @@ def test_every_frequency_alone(n_in, n_out):
             np.testing.assert_allclose(dc, [(np.asarray(x) @ update).sum() / 5], atol=1e-5)
 
 
+def test_many_frequencies_make_the_update():
+    """Three tokens' entries are more than the kernel's, one token's are not: the same numbers and slopes."""
+    rng = np.random.default_rng(0)
+    x, c, dy = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((3, 6), (40,), (3, 8)))
+    both = functools.partial(product, at=jnp.asarray(places(0, 6, 8, 40)), n_out=8)
+    alone = jax.vmap(both, in_axes=(0, None))
+    made = [str(jax.make_jaxpr(f)(x, c)) for f in (both, alone)]
+    assert ["[6,8]" in text for text in made] == [True, False]
+    (y, back), (expected, back_alone) = jax.vjp(both, x, c), jax.vjp(alone, x, c)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for slope, other in zip(back(dy), back_alone(dy), strict=True):
+        np.testing.assert_allclose(slope, other, atol=1e-5)
+
+
 PLACES = [[1, 7], [1, 1], [4, 7], [3, 3]]
 
 
