@@ -46,11 +46,10 @@ def load(*folders: str | Path) -> pd.DataFrame:
 def _row(run: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": run.name, "folder": str(run), "status": sweep.status(run)}
     if (file := run / "member.json").exists():
-        overrides = [tuple(p) for p in json.loads(file.read_text())["overrides"]]
-        seeds = {value for key, value in overrides if key in sweep.SEEDS}
-        row |= {key: _value(value) for key, value in overrides if key not in sweep.SEEDS}
-        if len(seeds) == 1:
-            row[SEED] = _value(*seeds)
+        overrides = dict(json.loads(file.read_text())["overrides"])
+        row |= {key: _value(value) for key, value in overrides.items() if key not in sweep.SEEDS}
+        if seeds := {key: value for key, value in overrides.items() if key in sweep.SEEDS}:
+            row[SEED] = _seed(seeds)
     lines = metrics(run)
     if lines:
         row["step"] = lines[-1]["step"]
@@ -82,10 +81,19 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
+    """A swept value; lists and dicts stay text, by which rows can be grouped."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return text
+    return text if isinstance(value, list | dict) else value
+
+
+def _seed(own: dict[str, str]) -> Any:
+    """The seed of a run, or where its seeds are not one, what they are."""
+    if len(own) == len(sweep.SEEDS) and len(set(own.values())) == 1:
+        return _value(own[sweep.SEEDS[0]])
+    return ",".join(f"{key}={value}" for key, value in sorted(own.items()))
 
 
 def swept(table: pd.DataFrame) -> list[str]:
@@ -121,8 +129,10 @@ class Choice:
 
 def label(arm: dict[str, Any]) -> str:
     """ "lora, rank 8"."""
+    arm = {key: value for key, value in arm.items() if not pd.isna(value)}
     words = [str(arm["method.name"])] if "method.name" in arm else []
-    words += [f"{k.rpartition('.')[2]} {_short(v)}" for k, v in arm.items() if k != "method.name" and not pd.isna(v)]
+    short = sweep.short_names(arm.keys())
+    words += [f"{short[key]} {_short(value)}" for key, value in arm.items() if key != "method.name"]
     return ", ".join(words) or "all"
 
 
@@ -147,11 +157,14 @@ def choose(table: pd.DataFrame, *, over: str = RATE, metric: str = "valid") -> l
         at = rows[over] if over in rows else pd.Series(math.nan, rows.index)
         of_all = _seeds_of_all(rows, at)
         means = scores[of_all].groupby(at[of_all], dropna=False).mean().sort_index()
-        best = int(np.argmin(means.to_numpy()))
-        rate = means.index[best]
+        rate = means.index[int(np.argmin(means.to_numpy()))]
         chosen = rows[at.isna() if pd.isna(rate) else at == rate]
-        edge = "low" if best == 0 else "high" if best == len(means) - 1 else ""
-        edge = "none" if rows[metric].isna().all() else "only" if len(means) == 1 else edge
+        if SEED in rows:  # as in every arm, so that they can be paired
+            chosen = chosen.sort_values(SEED, kind="stable", key=lambda seeds: seeds.map(_order))
+        grid = means.index.dropna()
+        edge = "low" if rate == grid.min() else "high" if rate == grid.max() else ""
+        edge = "only" if pd.isna(rate) or len(grid) == 1 else edge
+        edge = "none" if rows[metric].isna().all() else edge
         found.append(
             Choice(
                 arm=arm,
@@ -166,6 +179,11 @@ def choose(table: pd.DataFrame, *, over: str = RATE, metric: str = "valid") -> l
             )
         )
     return found
+
+
+def _order(seed: Any) -> tuple[bool, Any]:
+    """Numbers first, then what is said in words."""
+    return isinstance(seed, str), -1 if pd.isna(seed) else seed
 
 
 def _seeds_of_all(rows: pd.DataFrame, at: pd.Series) -> pd.Series:
@@ -209,7 +227,8 @@ def verdict(a: Sequence[float], b: Sequence[float], *, paired: bool = True) -> V
     else:  # Welch
         va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
         mean, error = b.mean() - a.mean(), math.sqrt(va + vb)
-        free = (va + vb) ** 2 / max(va**2 / (len(a) - 1) + vb**2 / (len(b) - 1), 1e-300)
+        parts = va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)
+        free = (va + vb) ** 2 / parts if parts else len(a) + len(b) - 2
     half = error * stats.t.ppf(0.975, free)
     said = "supported" if mean + half < 0 else "contradicted" if mean - half > 0 else "not resolved"
     detectable = error * (stats.t.ppf(0.975, free) + stats.t.ppf(0.8, free))

@@ -122,9 +122,9 @@ def repeat(workdir: str | Path, seeds: Sequence[int]) -> None:
 
 
 def choices(workdir: str | Path) -> list[Choice]:
-    """Of each arm; none where nothing was scored on valid."""
+    """Of each arm that the recipe has; none where nothing was scored on valid."""
     table = results.load(workdir)
-    table = table[table.status.isin(sweep.ENDED)]
+    table = table[table.status.isin(sweep.ENDED) & table.name.isin(sweep.said(workdir)["members"])]
     return results.choose(table) if "valid" in table and table.valid.notna().any() else []
 
 
@@ -132,7 +132,7 @@ def next_rate(choice: Choice) -> float | None:
     """The rate that tells most of an arm: beyond the edge where the best one lies there, as far as the two at the edge
     are apart, else between the best and the better of its neighbours; three digits. None where there is none.
     """
-    grid = list(choice.rates)
+    grid = [rate for rate in choice.rates if not math.isnan(rate)]
     if choice.edge in ("only", "none") or not all(math.isfinite(rate) and rate > 0 for rate in grid):
         return None
     if choice.edge:

@@ -35,10 +35,12 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from peftax import recipe
 from peftax.core import tree
@@ -72,19 +74,28 @@ def members(
     sweep(lambda values: added.append(dict(values)))
     if not added:
         raise ValueError(f"recipe {name_or_path}: its sweep(add) adds no member")
-    short = _short_names({key for values in added for key in values})
+    short = short_names({key for values in added for key in values})
     found: dict[str, list[tuple[str, str]]] = {}
+
+    def put(values: Mapping[str, Any]) -> str | None:
+        """The name of a new member, None where it is there."""
+        own, name = [*overrides, *pairs(values)], member_name(values, short)
+        if found.get(name, own) != own:  # letters that a folder's name cannot have were all that told them apart
+            name = _with_checksum(name, repr(own))
+        new = name not in found
+        found[name] = own
+        return name if new else None
+
     for values in added:
-        name = member_name(values, short)
-        if name in found:
-            raise ValueError(f"recipe {name_or_path}: its sweep adds {name} twice")
-        found[name] = [*overrides, *pairs(values)]
+        if put(values) is None:
+            raise ValueError(f"recipe {name_or_path}: its sweep adds {member_name(values, short)} twice")
+    short.setdefault("seed", "seeds" if "seed" in short.values() else "seed")
     for more in (more for each in rounds for more in each):
         for values in (values for values in added if arm(pairs(values)) == more["arm"]):
             values = {**values, **({} if more["rate"] is None else {RATE: more["rate"]})}
             for seed in more.get("seeds", (None,)):
-                one = {**values, **({} if seed is None else {"seed": seed})}
-                found.setdefault(member_name(one, {"seed": "seed", **short}), [*overrides, *pairs(one)])
+                alone = {key: value for key, value in values.items() if key not in SEEDS}
+                put(values if seed is None else {**alone, "seed": seed})
     return found
 
 
@@ -97,6 +108,7 @@ def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A member's values as overrides; "seed" is all of a run's."""
     flat = []
     for key, value in values.items():
+        value = value.item() if isinstance(value, np.generic) else value
         text = value if isinstance(value, str) else repr(value)
         flat += [(k, text) for k in (SEEDS if key == "seed" else (key,))]
     return flat
@@ -110,12 +122,14 @@ def member_name(values: Mapping[str, Any], short: Mapping[str, str]) -> str:
         text = re.sub(r"[^\w.+-]+", "_", text).strip("_")
         words.append(f"{short[key]}={text}")
     name = ",".join(words) or "base"
-    if len(name) > LONG:
-        name = f"{name[: LONG - 9]}-{zlib.crc32(name.encode()):08x}"
-    return name
+    return _with_checksum(name, name) if len(name) > LONG else name
 
 
-def _short_names(keys: set[str]) -> dict[str, str]:
+def _with_checksum(name: str, of: str) -> str:
+    return f"{name[: LONG - 9]}-{zlib.crc32(of.encode()):08x}"
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
     """The last word of each key, or the whole where two keys end alike."""
     last = {key: key.rpartition(".")[2] for key in keys}
     return {key: word if list(last.values()).count(word) == 1 else key for key, word in last.items()}
@@ -406,7 +420,7 @@ def _finish(folder: Path, done: Mapping[str, Any]) -> dict[str, Any]:
     result = {
         **{k: v for k, v in done.items() if k != "adapter"},
         "seconds": sum(t["seconds"] for t in timings),
-        "tokens_per_second": sorted(t["tokens_per_second"] for t in timings)[len(timings) // 2],
+        "tokens_per_second": sorted(t["tokens_per_second"] for t in timings)[len(timings) // 2] if timings else None,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "adapter_bytes": sum(f.stat().st_size for f in (folder / "adapter").rglob("*.safetensors")),
     }

@@ -122,6 +122,44 @@ def test_one_rate_and_one_method_have_fewer_figures(folder, tmp_path):
     assert "only one" in (one / "report" / "report.md").read_text()
 
 
+def test_cells_of_all_letters(tmp_path):
+    """A bar parts no columns, LaTeX's own letters are letters, keys that end alike are columns of their own."""
+    for i, (targets, optimizer) in enumerate((("q|v", "adamw"), (r".*\.{2}^$~", "lion"))):
+        run = tmp_path / str(i)
+        run.mkdir()
+        own = {"method.name": "lora", "optimizer.name": optimizer, "method.targets": targets}
+        (run / "member.json").write_text(json.dumps({"recipe": "r", "overrides": list(own.items())}))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid_nll": 1.0}) + "\n")
+        (run / "result.json").write_text(json.dumps({"step": 1, "best": [1, 1.0 + i], "seconds": 1.0, "peak_bytes": 1}))
+        (run / "config.json").write_text(json.dumps(CONFIG))
+        (run / "metrics.json").write_text(json.dumps({"valid": 8.0}))
+    page = report.write(tmp_path)
+    chosen = list(csv.DictReader((page.parent / "chosen.csv").open()))
+    assert [(r["method.name"], r["optimizer.name"], r["targets"]) for r in chosen] == [
+        ("lora", "adamw", "q|v"),
+        ("lora", "lion", r".*\.{2}^$~"),
+    ]
+    assert [(r["valid"], r["metrics.valid"]) for r in chosen] == [("1.0", "8.0"), ("2.0", "8.0")]
+    assert r"| q\|v |" in (page.parent / "report.md").read_text() and "<td>q|v</td>" in page.read_text()
+    words = r".*\textbackslash{}.\{2\}\textasciicircum{}\$\textasciitilde{}"
+    assert f"& {words} &" in (page.parent / "table.tex").read_text()
+
+
+def test_failed_runs_and_no_valid(folder, tmp_path):
+    """A failed run's cell is empty in the map; where nothing was scored on valid, nothing was chosen."""
+    report.write(folder)
+    cells = list(csv.DictReader((folder / "report" / "rank_and_rate.csv").open()))
+    assert len(cells) == 10 and not [c for c in cells if (c["rank"], c["learning rate"]) == ("16", "0.01")]
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    for run in bare.glob("name=*"):
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 20, "loss": 1.0}) + "\n")
+        if (run / "result.json").exists():
+            (run / "result.json").write_text(json.dumps({"step": 20, "best": [20, None], "seconds": 1.0}))
+    text = report.write(bare).with_name("report.md").read_text()
+    assert "20 finished, 4 failed of 24." in text and "chosen" not in text
+
+
 def test_nothing_to_report(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds neither a run nor a sweep"):
         report.write(tmp_path)

@@ -1,11 +1,12 @@
 """Choices and verdicts, on tables made by hand."""
 
+import json
 import math
 
 import pandas as pd
 import pytest
 
-from peftax import results
+from peftax import results, sweep
 
 
 def table(rows):
@@ -61,3 +62,48 @@ def test_one_run_each_is_no_comparison():
     with pytest.raises(ValueError, match="1 and 1 runs"):
         results.verdict([1.0], [2.0])
     assert results.verdict([1.0, 1.1], [2.0, 2.1, 2.2], paired=False).said == "contradicted"
+
+
+def test_an_arm_of_which_one_run_has_no_rate():
+    """It is in the choice; the grid is of those that have one."""
+    rates = (1e-3, 2.0), (1e-2, 1.0), (math.nan, 3.0)
+    (chosen,) = results.choose(table([("lora", rate, 0, valid, "finished") for rate, valid in rates]))
+    assert chosen.rate == 1e-2 and chosen.edge == "high" and len(chosen.rates) == 3
+    (chosen,) = results.choose(table([("lora", rate, 0, 4 - valid, "finished") for rate, valid in rates]))
+    assert math.isnan(chosen.rate) and chosen.edge == "only"
+
+
+def test_seeds_stand_in_one_order_in_every_arm():
+    rows = table([("lora", 1e-3, seed, float(seed), "finished") for seed in (3, 10, 0, 2)])
+    assert results.choose(rows)[0].seeds == [0.0, 2.0, 3.0, 10.0] and results.choose(rows)[0].members[0] == "2"
+    rows["seed"] = rows.seed.map({3: 3, 10: "data.seed=1", 0: 0, 2: 2})
+    assert results.choose(rows)[0].seeds == [0.0, 2.0, 3.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    "overrides, key, value",
+    [
+        ({"method.layers": "[0, 1]"}, "method.layers", "[0, 1]"),  # rows are grouped by it
+        ({"method.rank": "4"}, "method.rank", 4),
+        ({"data.seed": "7", **dict.fromkeys(sweep.SEEDS, "1")}, "seed", 1),
+        ({"data.seed": "1"}, "seed", "data.seed=1"),  # no seed of all
+    ],
+)
+def test_what_a_member_sweeps(tmp_path, overrides, key, value):
+    (tmp_path / "a").mkdir()
+    member = {"recipe": "r", "overrides": list(overrides.items())}
+    (tmp_path / "a" / "member.json").write_text(json.dumps(member))
+    row = results.load(tmp_path).iloc[0]
+    assert row[key] == value and set(row.index) - {"name", "folder", "status"} == {key}
+
+
+def test_arms_by_name():
+    assert results.label({"method.name": "lora", "method.rank": 8, "optimizer.name": "lion"}) == (
+        "lora, rank 8, optimizer.name lion"
+    )
+    assert results.label({"method.name": math.nan, "method.rank": 2.0}) == "rank 2"
+
+
+def test_runs_that_do_not_differ():
+    found = results.verdict([2.0, 2.0], [1.0, 1.0, 1.0], paired=False)
+    assert found.said == "supported" and found.low == found.high == -1.0

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -131,6 +132,33 @@ def test_seeds_of_a_recipe_that_sweeps_neither_seeds_nor_rates(tmp_path, began):
     found = selection.run(str(file), workdir, seeds=(0, 1, 2))  # 0 is what they have
     assert {f.name for f in found} == {*names, *(f"{name},seed={s}" for name in names for s in (1, 2))}
     assert [c.members for c in selection.choices(workdir)] == [[n, f"{n},seed=1", f"{n},seed=2"] for n in names]
+
+
+def test_seeds_beside_a_swept_seed_are_runs_of_their_own(tmp_path, began):
+    """data.seed 0 and 1 are swept; seeds 1 and 2 of all are two runs more, each once, and none of the choice."""
+    file, workdir = tmp_path / "recipe.py", tmp_path / "w"
+    text = RECIPE.format(rates="(0.001, 0.003)", seeds=2).replace('"seed": seed', '"data.seed": seed')
+    file.write_text(text.replace("(2, 4)", "(2,)"))
+    selection.run(str(file), workdir, extend=0)
+    (before,) = selection.choices(workdir)
+    selection.run(str(file), workdir, extend=0, seeds=(0, 1, 2))
+    (after,) = selection.choices(workdir)
+    assert len(began) == 6 and after.rates == before.rates and after.trials == before.trials == 4
+    assert len(after.members) == 4 and {n.rpartition(",")[2] for n in after.members} == {
+        *("seed=0", "seed=1", "seeds=1", "seeds=2")
+    }
+
+
+def test_arms_that_the_recipe_has_no_longer(tmp_path, began):
+    """They ask for nothing more."""
+    file, workdir = recipe_file(tmp_path), tmp_path / "w"
+    selection.run(file, workdir, extend=0)
+    began.clear()
+    Path(file).write_text(Path(file).read_text().replace("(2, 4)", "(4,)"))
+    selection.run(file, workdir, extend=1)
+    assert began == ["rank=4,learning_rate=0.0333,seed=0"] and [c.arm for c in selection.choices(workdir)] == [
+        {"method.rank": 4}
+    ]
 
 
 def test_where_the_limit_ends_it_the_report_says_so(tmp_path, began, capsys):

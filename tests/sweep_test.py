@@ -79,7 +79,7 @@ def test_a_name_that_would_be_too_long_is_cut_and_stays_one():
 
 
 def test_keys_that_end_alike_are_said_whole():
-    assert sweep._short_names({"data.seed", "train.init_seed", "train.seed"}) == {
+    assert sweep.short_names({"data.seed", "train.init_seed", "train.seed"}) == {
         "data.seed": "data.seed",
         "train.seed": "train.seed",
         "train.init_seed": "init_seed",
@@ -101,6 +101,28 @@ def test_a_wrong_sweep(tmp_path, text, says):
     with pytest.raises(ValueError, match=says):
         sweep.lay_out(str(file), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "adds, names",
+    [
+        (
+            "add({'method.rank': np.int64(2), 'optimizer.learning_rate': np.float64(0.01)})",
+            ["rank=2,learning_rate=0.01"],
+        ),
+        (
+            "add({'method.targets': 'q_proj|v_proj'}), add({'method.targets': ['q_proj', 'v_proj']})",
+            ["targets=q_proj_v_proj", "targets=q_proj_v_proj-"],
+        ),
+    ],
+)
+def test_values_of_all_kinds(tmp_path, adds, names):
+    file = tmp_path / "kinds.py"
+    head = "import numpy as np\nfrom peftax.configs import default\n\nget_config = default.get_config\n"
+    file.write_text(f"{head}\n\ndef sweep(add):\n    {adds}\n")
+    found = [f.name for f in sweep.lay_out(str(file), tmp_path / "w")]
+    assert [name.startswith(start) for name, start in zip(found, names, strict=True)] == [True] * len(names)
+    assert len(set(found)) == len(names) and sweep.lay_out(str(file), tmp_path / "w")
 
 
 def test_a_wrong_engine_or_setting(here, tmp_path):

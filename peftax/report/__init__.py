@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ WHERE = {
     "none": "none finished",
 }
 
+BAR = r"\|"  # a bar in a cell of Markdown
+
 
 def write(folder: str | Path, into: str | Path | None = None, *, title: str | None = None) -> Path:
     """Write the report of a sweep's folder: report.md, index.html, table.tex, figures as PNG and SVG, their CSV files.
@@ -42,7 +45,7 @@ def write(folder: str | Path, into: str | Path | None = None, *, title: str | No
     if finished.empty:
         raise ValueError(f"{folder}: no member is finished; there is nothing to report")
     table.drop(columns="folder").to_csv(into / "members.csv", index=False)
-    choices = results.choose(finished) if "valid" in finished else []
+    choices = results.choose(finished) if "valid" in finished and finished.valid.notna().any() else []
     parts: list[tuple[str, str | Path]] = [("Members", status_text(table))]
     if choices:
         chosen = choice_table(choices, finished)
@@ -77,11 +80,11 @@ def status_text(table: pd.DataFrame) -> str:
 
 def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame:
     """A row for each arm: the chosen learning rate and where in its grid, valid over seeds, size, time."""
-    rows = []
+    rows, short = [], sweep.short_names({key for c in choices for key in c.arm})
     for c in choices:
         own = table[table.name.isin(c.members)]
         row: dict[str, Any] = {
-            **{key.rpartition(".")[2]: value for key, value in c.arm.items()},
+            **{short[key]: value for key, value in c.arm.items()},
             **({} if math.isnan(c.rate) else {"learning rate": c.rate, "in its grid": WHERE[c.edge]}),
             "trials": c.trials,
             "valid": c.valid,
@@ -93,7 +96,8 @@ def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame
         measured = (column for column in own if str(column).startswith("metrics."))
         for column in ("test_accuracy", "trainable", "seconds", "peak_bytes", *measured):
             if column in own and own[column].notna().any():
-                row[str(column).removeprefix("metrics.")] = own[column].mean()
+                name = str(column).removeprefix("metrics.")
+                row[column if name in row else name] = own[column].mean()
         rows.append(row)
     found = pd.DataFrame(rows).sort_values("valid", ignore_index=True)
     if "peak_bytes" in found:
@@ -117,7 +121,7 @@ def cells(table: pd.DataFrame) -> list[list[str]]:
         if isinstance(value, float):
             whole = value.is_integer() and abs(value) < 1e15
             return "" if math.isnan(value) else f"{value:,.0f}" if whole and abs(value) >= 10 else f"{value:.5g}"
-        return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+        return f"{value:,}" if isinstance(value, int | np.integer) else " ".join(str(value).split())
 
     return [[text(v) for v in row] for row in table.astype(object).values.tolist()]
 
@@ -125,12 +129,14 @@ def cells(table: pd.DataFrame) -> list[list[str]]:
 def markdown(table: pd.DataFrame) -> str:
     numeric = [pd.api.types.is_numeric_dtype(table[c]) for c in table]
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "|".join("--:" if n else "---" for n in numeric) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells(table))])
+    rows = ([cell.replace("|", BAR) for cell in row] for row in cells(table))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def latex(table: pd.DataFrame) -> str:
     """The table for a paper, booktabs."""
-    escape = str.maketrans({c: f"\\{c}" for c in "%_&#$"} | {"±": "$\\pm$"})
+    words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+    escape = str.maketrans({c: f"\\{c}" for c in "%_&#${}"} | words)
     rows = [" & ".join(c.translate(escape) for c in row) + r" \\" for row in (list(table.columns), *cells(table))]
     kinds = "".join("r" if pd.api.types.is_numeric_dtype(table[c]) else "l" for c in table)
     head, *body = rows
@@ -173,7 +179,9 @@ def as_html(title: str, parts: Sequence[tuple[str, str | Path]]) -> str:
 
 
 def _html_table(text: str) -> str:
-    head, align, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in text.splitlines())
+    head, align, *rows = (
+        [c.strip().replace(BAR, "|") for c in re.split(r"(?<!\\)\|", line.strip("|"))] for line in text.splitlines()
+    )
     right = [a.endswith(":") for a in align]
     first = "".join(f"<th>{html.escape(c)}</th>" for c in head)
     rest = [

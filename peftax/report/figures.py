@@ -90,7 +90,7 @@ def draw_sizes(data: pd.DataFrame):
 
 def heat(table: pd.DataFrame, choices: Sequence[Choice]) -> pd.DataFrame | None:
     """Loss on valid over rank and learning rate, a field for each method."""
-    rank = "method.rank"
+    rank, table = "method.rank", table[table.status == "finished"]
     if rank not in table or RATE not in table or table[rank].nunique() < 2 or table[RATE].nunique() < 2:
         return None
     keys = [k for k in results.swept(table) if k not in (rank, RATE, SEED)]

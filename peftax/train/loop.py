@@ -43,7 +43,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     """
     workdir = Path(workdir)
     config = dict(config)
-    claimed = _claimed(workdir, config)
+    there = claimed(workdir, config)
     c = config["train"]
 
     # --- model, method, data ----------------------------------------------------------------------
@@ -83,7 +83,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     frozen, frozen_theta = run.part.frozen, _not_base(run)
 
     writes = processes.first()
-    if writes and not claimed:
+    if writes and not there:
         claim(workdir, config)
     if writes and data_start is not None:
         source.write_json(workdir / CALIBRATION, settings)
@@ -190,7 +190,7 @@ def _not_base(run: setup.Run) -> dict[str, Any]:
     return {p: x for p, x in tree.flatten(run.part.frozen).items() if p not in own}
 
 
-def _claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
+def claimed(workdir: Path, config: Mapping[str, Any]) -> bool:
     """Does the folder hold a run of this config? Raises ValueError where it holds one of another."""
     file = workdir / "config.json"
     if not file.exists():

@@ -2,7 +2,7 @@
 side in front of one frozen base, which each step reads once.
 
 A member is a run of its own: its gradients and losses are those of the single run (tests/train/population_test.py), its
-folder holds what that run's would, but for the checkpoints, which are the population's.
+folder holds what that run's would, but for the checkpoints, which are the population's, and TensorBoard's files.
 """
 
 from __future__ import annotations
@@ -242,7 +242,8 @@ def stack(trees: Sequence[Any]) -> Any:
 def train(
     configs: Sequence[Mapping[str, Any]], folders: Sequence[str | Path], workdir: str | Path
 ) -> list[dict[str, Any] | None]:
-    """Train members to their ends, or go on; each folder gets what `loop.train` writes of a run, without checkpoints.
+    """Train members to their ends, or go on; each folder gets what `loop.train` writes of a run, but checkpoints and
+    TensorBoard's files.
 
     A member whose loss is no longer a number stands still, and its folder says so in error.txt; the others go on.
 
@@ -254,7 +255,11 @@ def train(
       what loop.train returns, for each member; None where it failed, or where all were told to stop.
     """
     folders, c = [Path(f) for f in folders], configs[0]["train"]
-    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"]).load()
+    for config, folder in zip(configs, folders, strict=True):
+        loop.claimed(folder, config)
+    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"])
+    setup.check_mesh(base, configs[0], setup.make_method(base, configs[0]["method"]))
+    base = base.load()
     orders = [m["data"]["seed"] for m in configs]
     streams = {
         seed: setup.train_batches(base, m["data"], batch_size=c["batch_size"], accumulate=c["accumulate"])
@@ -323,7 +328,7 @@ def train(
                 if not now.pop("finite"):
                     what = f"step {step}: loss {now['loss']} or gradient norm {now['grad_norm']} is not finite"
                     facts["failed"][i] = what
-                    (folders[i] / "error.txt").write_text(f"FloatingPointError: {what}\n")
+                    _fail(folders[i], what)
                     continue
                 last[i] = now
                 if step % c["log_every"] == 0 or step == c["steps"]:
@@ -341,6 +346,7 @@ def train(
     done = []
     for i, folder in enumerate(folders):
         if facts["failed"][i]:
+            _fail(folder, facts["failed"][i])  # again, where it was told to try once more and stands where it stood
             done.append(None)
             continue
         best = facts["best"][i]
@@ -350,3 +356,7 @@ def train(
             | {"adapter": str(folder / "adapter")}
         )
     return done
+
+
+def _fail(folder: Path, what: str) -> None:
+    (folder / "error.txt").write_text(f"FloatingPointError: {what}\n")

@@ -212,3 +212,19 @@ def test_the_base_is_read_in_one_product(here):
     assert two_of_them not in members.step.lower(*args).as_text("hlo").replace(
         f"f32[{','.join(map(str, kernel.shape))}]", ""
     )
+
+
+def test_members_that_failed_fail_again(here, tmp_path, monkeypatch):
+    """Told to try again they stand where they stood and say so again; a recipe that has changed since is refused."""
+    configs = [config_of(here, "lora", optimizer__learning_rate=rate) for rate in (2e38, 3e38)]
+    outline = setup.outline
+    monkeypatch.setattr(setup, "outline", lambda **how: outline(**how, devices=jax.devices()[:1]))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for _ in range(2):
+        assert population.train(configs, folders, tmp_path / "both") == [None, None]
+        for folder in folders:
+            assert "is not finite" in (folder / "error.txt").read_text()
+            (folder / "error.txt").unlink()
+    other = [{**config, "optimizer": {**config["optimizer"], "weight_decay": 0.5}} for config in configs]
+    with pytest.raises(ValueError, match=r"a holds a run of another config: optimizer\.weight_decay is"):
+        population.train(other, folders, tmp_path / "both")
