@@ -24,12 +24,13 @@ def load(
     name: str | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
+    progress: bool = True,
 ) -> Sequence[Mapping[str, Any]]:
     """A list-like of dict rows.
 
     A local JSONL, Parquet or CSV file is one split, "train", of which slices such as "train[:90%]"
     can be asked. `name` is a hub data set's configuration. An in-memory list is returned as it is,
-    whatever the split.
+    whatever the split. Without `progress` nothing is shown of it, now and later.
     """
     if not isinstance(source, str | os.PathLike):
         rows: Any = source if isinstance(source, Sequence) or hasattr(source, "features") else list(source)
@@ -47,6 +48,8 @@ def load(
         raise ValueError(f"{text} is empty: it has no rows")
     import datasets  # takes seconds
 
+    if not progress:
+        datasets.disable_progress_bars()
     try:
         if kind and path.is_file():
             rows = datasets.load_dataset(kind, data_files=str(path), split=split, cache_dir=cache_dir)

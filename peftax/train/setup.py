@@ -462,7 +462,7 @@ def examples(
     if task:
         rows: Sequence[Any] = importlib.import_module(f"peftax.data.{task}").examples(split)
     elif source:
-        rows = data_source.load(source, split=source_split, name=source_name)
+        rows = data_source.load(source, split=source_split, name=source_name, progress=processes.first())
     else:
         raise ValueError(f"config.data.{split} is empty: give a file or hub name, or config.data.task")
     if limit is not None:
