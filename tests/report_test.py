@@ -127,7 +127,7 @@ def test_cells_of_all_letters(tmp_path):
     for i, (targets, optimizer) in enumerate((("q|v", "adamw"), (r".*\.{2}^$~", "lion"))):
         run = tmp_path / str(i)
         run.mkdir()
-        own = {"method.name": "lora", "optimizer.name": optimizer, "method.targets": targets}
+        own = {"method.name": "lora", "optimizer.name": optimizer, "method.targets": targets, "data.valid": "a"}
         (run / "member.json").write_text(json.dumps({"recipe": "r", "overrides": list(own.items())}))
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid_nll": 1.0}) + "\n")
         (run / "result.json").write_text(json.dumps({"step": 1, "best": [1, 1.0 + i], "seconds": 1.0, "peak_bytes": 1}))
@@ -139,7 +139,9 @@ def test_cells_of_all_letters(tmp_path):
         ("lora", "adamw", "q|v"),
         ("lora", "lion", r".*\.{2}^$~"),
     ]
-    assert [(r["valid"], r["metrics.valid"]) for r in chosen] == [("1.0", "8.0"), ("2.0", "8.0")]
+    assert [(r["valid"], r["metrics.valid"], r["data.valid"]) for r in chosen] == [
+        *[("1.0", "8.0", "a"), ("2.0", "8.0", "a")]
+    ]
     assert r"| q\|v |" in (page.parent / "report.md").read_text() and "<td>q|v</td>" in page.read_text()
     words = r".*\textbackslash{}.\{2\}\textasciicircum{}\$\textasciitilde{}"
     assert f"& {words} &" in (page.parent / "table.tex").read_text()

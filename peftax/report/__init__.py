@@ -25,6 +25,7 @@ WHERE = {
     "none": "none finished",
 }
 
+OWN = ("learning rate", "trials", "valid", "test", "trainable", "seconds")  # columns of what was chosen
 BAR = r"\|"  # a bar in a cell of Markdown
 
 
@@ -80,7 +81,7 @@ def status_text(table: pd.DataFrame) -> str:
 
 def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame:
     """A row for each arm: the chosen learning rate and where in its grid, valid over seeds, size, time."""
-    rows, short = [], sweep.short_names({key for c in choices for key in c.arm})
+    rows, short = [], sweep.short_names({*OWN, *(key for c in choices for key in c.arm)})
     for c in choices:
         own = table[table.name.isin(c.members)]
         row: dict[str, Any] = {
