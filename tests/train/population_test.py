@@ -19,6 +19,22 @@ METHODS = {
     "prompt": {"method.length": "4"},
     "oft": {"method.block_size": "4"},
     "ln_tuning": {},
+    "adalora": {"method.rank": "4", "method.target_rank": "2", "method.alpha": "300.0"},
+    "boft": {"method.block_size": "4", "method.targets": "['q_proj', 'v_proj']"},
+    "c3a": {"method.block": "4", "method.targets": "['q_proj', 'v_proj']"},
+    "compacter": {"method.size": "8"},
+    "fourierft": {"method.frequencies": "60", "method.alpha": "30.0"},
+    "full": {},
+    "hira": {},
+    "hra": {},
+    "loha": {"method.rank": "2"},
+    "lokr": {},
+    "miss": {"method.rank": "4", "method.targets": "['q_proj', 'v_proj']"},
+    "p_tuning": {"method.length": "7"},
+    "prefix": {},
+    "randlora": {"method.rank": "4", "method.alpha": "4.0"},
+    "shira": {"method.rank": "4"},
+    "vblora": {"method.length": "4", "method.vectors": "16", "method.targets": "['q_proj', 'v_proj']"},
 }
 
 QUICK = ("lora", "prompt", "ln_tuning")  # dropout; rows before the tokens; the base's own leaves
