@@ -81,11 +81,12 @@ def status_text(table: pd.DataFrame) -> str:
 
 def choice_table(choices: Sequence[Choice], table: pd.DataFrame) -> pd.DataFrame:
     """A row for each arm: the chosen learning rate and where in its grid, valid over seeds, size, time."""
-    rows, short = [], sweep.short_names({*OWN, *(key for c in choices for key in c.arm)})
+    keys = dict.fromkeys(key for c in choices for key in c.arm)
+    rows, short = [], sweep.short_names({*OWN, *keys})
     for c in choices:
         own = table[table.name.isin(c.members)]
         row: dict[str, Any] = {
-            **{short[key]: value for key, value in c.arm.items()},
+            **{short[key]: c.arm.get(key, math.nan) for key in keys},
             **({} if math.isnan(c.rate) else {"learning rate": c.rate, "in its grid": WHERE[c.edge]}),
             "trials": c.trials,
             "valid": c.valid,

@@ -32,8 +32,8 @@ def draw_curves(data: pd.DataFrame):
     figure, axes = _axes("step", "loss on valid")
     for i, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
         by_step = rows.groupby("step").valid
-        axes.plot(by_step.mean().index, by_step.mean(), color=f"C{i % 10}", label=arm)
-        axes.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=f"C{i % 10}", alpha=BAND)
+        axes.plot(by_step.mean().index, by_step.mean(), **_look(i), label=arm)
+        axes.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=_look(i)["color"], alpha=BAND)
     _legend(axes)
     return figure
 
@@ -52,9 +52,9 @@ def rates(table: pd.DataFrame, choices: Sequence[Choice]) -> pd.DataFrame | None
 def draw_rates(data: pd.DataFrame):
     figure, axes = _axes("learning rate", "loss on valid")
     for i, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
-        axes.plot(rows["learning rate"], rows["valid"], marker="o", color=f"C{i % 10}", label=arm)
+        axes.plot(rows["learning rate"], rows["valid"], marker="o", **_look(i), label=arm)
         best = rows.loc[rows["valid"].idxmin()]
-        axes.plot(best["learning rate"], best["valid"], marker="*", markersize=13, color=f"C{i % 10}")
+        axes.plot(best["learning rate"], best["valid"], marker="*", markersize=13, **_look(i))
     axes.set_xscale("log")
     _legend(axes)
     return figure
@@ -82,20 +82,23 @@ def draw_sizes(data: pd.DataFrame):
     figure, axes = _axes("trained numbers", "loss on valid")
     for i, row in enumerate(data.itertuples()):
         reach = [[row.valid - row.low], [row.high - row.valid]]
-        axes.errorbar(row.trainable, row.valid, yerr=reach, fmt="o", color=f"C{i % 10}", label=row.arm)
+        mark = "os^"[i // 10 % 3]
+        axes.errorbar(row.trainable, row.valid, yerr=reach, fmt=mark, color=_look(i)["color"], label=row.arm)
     axes.set_xscale("log")
     _legend(axes)
     return figure
 
 
 def heat(table: pd.DataFrame, choices: Sequence[Choice]) -> pd.DataFrame | None:
-    """Loss on valid over rank and learning rate, a field for each method."""
+    """Loss on valid over rank and learning rate, a field for each method of several ranks."""
     rank, table = "method.rank", table[table.status == "finished"]
     if rank not in table or RATE not in table or table[rank].nunique() < 2 or table[RATE].nunique() < 2:
         return None
     keys = [k for k in results.swept(table) if k not in (rank, RATE, SEED)]
     rows = []
     for values, own in table.groupby(keys, dropna=False, sort=False) if keys else [((), table)]:
+        if own[rank].nunique() < 2:
+            continue
         means = own.groupby([rank, RATE]).valid.mean()
         arm = label(dict(zip(keys, values, strict=True)))
         rows += [{"arm": arm, "rank": r, "learning rate": x, "valid": v} for (r, x), v in means.items()]
@@ -190,6 +193,11 @@ def _axes(x: str, y: str):
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     axes.set(xlabel=x, ylabel=y)
     return figure, axes
+
+
+def _look(i: int) -> dict[str, str]:
+    """Of the i-th arm's line: ten colours, solid, then dashed, then dotted."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
 
 
 def _legend(axes) -> None:
