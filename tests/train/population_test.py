@@ -244,3 +244,11 @@ def test_members_that_failed_fail_again(here, tmp_path, monkeypatch):
     other = [{**config, "optimizer": {**config["optimizer"], "weight_decay": 0.5}} for config in configs]
     with pytest.raises(ValueError, match=r"a holds a run of another config: optimizer\.weight_decay is"):
         population.train(other, folders, tmp_path / "both")
+
+
+def test_a_mesh_that_does_not_divide_the_rows(here, tmp_path):
+    """As a single run says it, before anything is written."""
+    configs = [config_of(here, "lora", mesh__data=8, train__batch_size=6, optimizer__learning_rate=r) for r in (1, 2)]
+    with pytest.raises(ValueError, match=r"train\.batch_size.* 6 is not divided by the mesh's data=8"):
+        population.train(configs, [tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    assert not list(tmp_path.iterdir())
