@@ -7,9 +7,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from peftax import cli, report, sweep
+from peftax.report import figures
 
 CONFIG = {"model": {"path": "base"}, "data": {"length": 64, "chat_template": None}}
 
@@ -120,6 +122,14 @@ def test_one_rate_and_one_method_have_fewer_figures(folder, tmp_path):
     report.write(one)
     assert {f.stem for f in (one / "report").glob("*.png")} == {"curves", "forgetting", "costs"}
     assert "only one" in (one / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("losses, scale", [((0.3, 0.4, 1.2), "linear"), ((0.3, 0.4, 7.0), "log")])
+def test_far_losses_leave_room_for_near_ones(losses, scale):
+    rates = pd.DataFrame({"arm": "lora", "learning rate": (1e-4, 1e-3, 1e-2), "valid": losses})
+    figure = figures.draw_rates(rates)
+    assert figure.axes[0].get_yscale() == scale
+    figures.close(figure)
 
 
 def test_cells_of_all_letters(tmp_path):

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def of_size(size: str, workdir: Path, into: Path, jobs: int) -> None:
-    """SIZE.csv: what was chosen for every method at a size; SIZE_rates.csv and .png: its learning rates."""
+    """SIZE.csv: what was chosen for every method at a size; SIZE_rates.csv: the losses at its learning rates."""
     require_finished(selection.run(str(HERE / RECIPES[size]), workdir, together=4, jobs=jobs))
     table = results.load(workdir)
     by_name = table.set_index("name")
@@ -72,9 +72,7 @@ def of_size(size: str, workdir: Path, into: Path, jobs: int) -> None:
         for method, c in choices.items()
     ]
     pd.DataFrame(rows).sort_values("valid").to_csv(into / f"{size}.csv", index=False)
-    rates = rates_of(choices)
-    rates.to_csv(into / f"{size}_rates.csv", index=False)
-    save(figures.draw_rates(rates), into / f"{size}_rates.png")
+    rates_of(choices).to_csv(into / f"{size}_rates.csv", index=False)
 
 
 def ranking_in(into: Path) -> pd.DataFrame:
@@ -126,8 +124,10 @@ def write(into: Path) -> str:
             (f"The best {len(best)}, three seeds; other English with two", report.markdown(best)),
             ("Gain and forgetting", into / "best.png"),
         ]
-    drawn = [size for size in SIZES if (into / f"{size}_rates.png").exists()]
-    parts += [(f"Loss on valid over learning rates, {size}", into / f"{size}_rates.png") for size in drawn]
+    for size in SIZES:
+        if (file := into / f"{size}_rates.csv").exists():
+            save(figures.draw_rates(pd.read_csv(file)), file.with_suffix(".png"))
+            parts.append((f"Loss on valid over learning rates, {size}", file.with_suffix(".png")))
     text = report.as_markdown("Methods side by side, run", parts)
     (into / "report.md").write_text(text)
     return text

@@ -13,6 +13,7 @@ from peftax import results
 from peftax.results import RATE, SEED, Choice, label
 
 BAND = 0.2  # how dark the range over seeds is
+SPREAD = 5  # where one loss is more times another, their axis is logarithmic
 
 
 def curves(table: pd.DataFrame, choices: Sequence[Choice]) -> pd.DataFrame | None:
@@ -34,6 +35,7 @@ def draw_curves(data: pd.DataFrame):
         by_step = rows.groupby("step").valid
         axes.plot(by_step.mean().index, by_step.mean(), **_look(i), label=arm)
         axes.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=_look(i)["color"], alpha=BAND)
+    _scale_losses(axes, data.valid)
     _legend(axes)
     return figure
 
@@ -56,6 +58,7 @@ def draw_rates(data: pd.DataFrame):
         best = rows.loc[rows["valid"].idxmin()]
         axes.plot(best["learning rate"], best["valid"], marker="*", markersize=13, **_look(i))
     axes.set_xscale("log")
+    _scale_losses(axes, data.valid)
     _legend(axes)
     return figure
 
@@ -85,6 +88,7 @@ def draw_sizes(data: pd.DataFrame):
         mark = "os^"[i // 10 % 3]
         axes.errorbar(row.trainable, row.valid, yerr=reach, fmt=mark, color=_look(i)["color"], label=row.arm)
     axes.set_xscale("log")
+    _scale_losses(axes, data.valid)
     _legend(axes)
     return figure
 
@@ -193,6 +197,17 @@ def _axes(x: str, y: str):
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     axes.set(xlabel=x, ylabel=y)
     return figure, axes
+
+
+def _scale_losses(axes, losses: pd.Series) -> None:
+    """Far losses (a random start, a rate too high) leave the near ones room to be told apart."""
+    from matplotlib import ticker
+
+    if 0 < SPREAD * losses.min() < losses.max():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _look(i: int) -> dict[str, str]:
