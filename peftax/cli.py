@@ -266,10 +266,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def train(args) -> None:
     from peftax import recipe
-    from peftax.train import loop
+    from peftax import sweep as sweeps
 
     config = recipe.load(args.config, args.overrides, on=args.machine).to_dict()
-    _say(json.dumps(loop.train(config, args.workdir)))
+    _say(json.dumps(sweeps.train_alone(config, args.workdir)))
 
 
 def _say(text: object, file=None) -> None:
@@ -321,10 +321,7 @@ def sweep(args) -> int:
         for name, overrides in sweeps.members(args.config, args.overrides, sweeps.added(args.workdir)).items():
             print(name, *(f"--config.{key}={value}" for key, value in overrides))
         return 0
-    settings = {
-        key: _literal(value) if re.match(r"[-\d\[({'\"]|True|False|None", value) else value
-        for key, value in _pairs("--set", args.set).items()
-    }
+    settings = {key: _value(value) for key, value in _pairs("--set", args.set).items()}
     found = selection.run(
         args.config,
         args.workdir,
@@ -586,6 +583,14 @@ def _literal(text: str):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         raise argparse.ArgumentTypeError(f"{text!r} is no literal; want (('_proj', {{'fmt': 'nf4'}}),)") from None
+
+
+def _value(text: str):
+    """A literal, or where it is none (4GB, 10.0.0.5:6379) the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _base(args, adapter: str | None = None, **how):

@@ -89,6 +89,8 @@ def parse(text: str, old: Any, key: str) -> Any:
     )
     if wrong or (isinstance(old, int) and isinstance(value, float)):
         raise ValueError(f"config.{key}={text!r}: want a value like {old!r} ({type(old).__name__})")
+    if isinstance(old, tuple) and isinstance(value, str) and not key.startswith("method."):  # there one may stand alone
+        raise ValueError(f"config.{key}={text!r}: want several in brackets, a comma behind each: ({value!r},)")
     if isinstance(value, dict):
         return tuple(value.items())  # a ConfigDict takes no key with a dot
     return tuple(value) if isinstance(value, list) else value

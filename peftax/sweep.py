@@ -300,14 +300,18 @@ def seed_of(folder: Path) -> int | None:
 
 
 def status(folder: Path) -> str:
-    """ "finished" | "failed" | "running" | "stopped" (killed or told to stop: it goes on where it was) | "waiting"."""
+    """ "finished" | "failed" | "running" | "stopped" (killed or told to stop: it goes on where it was) | "waiting" |
+    "begun": a run of its own, of which nobody knows whether it is running or stopped.
+    """
     if (folder / "result.json").exists():
         return "finished"
     if (folder / "error.txt").exists():
         return "failed"
     if _is_held(folder / ".lock"):
         return "running"
-    return "stopped" if (folder / "environment.json").exists() else "waiting"
+    if (folder / "environment.json").exists():
+        return "stopped"
+    return "begun" if (folder / "config.json").exists() and not (folder / "member.json").exists() else "waiting"
 
 
 def run_member(folder: str | Path) -> dict[str, Any] | None:
@@ -412,6 +416,19 @@ def base_file(folder: Path) -> Path:
     config = read_json(folder / "config.json")
     seen = json.dumps([config["model"], config["data"]["length"], config["data"]["chat_template"]], sort_keys=True)
     return folder.parent / "bases" / f"{zlib.crc32(seen.encode()):08x}.json"
+
+
+def train_alone(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Train a config that is no sweep's member, or go on; at its end the folder holds what a finished member's does."""
+    from peftax import processes
+    from peftax.train import loop
+
+    folder, found = Path(folder), environment()
+    done = loop.train(config, folder)
+    if processes.first() and done["step"] == config["train"]["steps"] and not (folder / "result.json").exists():
+        write_json(folder / "environment.json", found)
+        _finish(folder, done)
+    return done
 
 
 def _finish(folder: Path, done: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,24 @@ def test_data(files, tmp_path, capsys, case):
     assert not (tmp_path / "run").exists()
 
 
+NUMBERS = {
+    "train.eval_every=0": "config.train.eval_every=0: want a whole number of 1 or more; more than train.steps is never",
+    "train.steps=-3": "config.train.steps=-3: want a whole number of 0 or more",
+    "train.steps=None": "config.train.steps=None: want",
+    "data.seed=-1": "config.data.seed=-1: want",
+    "data.train_limit=-1": "config.data.train_limit=-1: want",
+    "optimizer.clip=-1": "config.optimizer.clip=-1.0: want a number of 0 or more",
+    "model.dtype=bf16": "config.model.dtype 'bf16' is no float's name: float32, bfloat16",
+    "model.labels=abc": "config.model.labels 'abc': want a number, or names in brackets",
+}
+
+
+@pytest.mark.parametrize("override", NUMBERS)
+def test_numbers_that_cannot_be(files, tmp_path, capsys, override):
+    assert NUMBERS[override] in complaint(capsys, command(*files, tmp_path / "run", f"--config.{override}"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_start_leaves_the_workdir_to_the_right_one(files, tmp_path, capsys):
     right = command(*files, tmp_path / "run", "--config.train.steps=1")
     complaint(capsys, [*right, "--config.method.targets=.*q_prj"])

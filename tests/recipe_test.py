@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,12 @@ def test_values(key, text, value):
         ("train.steps", "many", ValueError, "train.steps='many': want a value like 100"),
         ("train.steps", "1.5", ValueError, "want a value like"),
         ("train.tensorboard", "3", ValueError, "want a value like True"),
+        ("optimizer.no_decay", "('/b$')", ValueError, "want several in brackets, a comma behind each: ('/b$',)"),
         ("method.name", "lorra", ValueError, "nearest: 'lora'"),
     ],
 )
 def test_typos_name_the_nearest(key, text, error, message):
-    with pytest.raises(error, match=message.replace("(", r"\(")):
+    with pytest.raises(error, match=re.escape(message)):
         recipe.load("default", [(key, text)])
 
 

@@ -63,13 +63,20 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> Example:
         pieces, last = _chat(row, tokenizer)
         content = row["messages"][last]["content"]
     elif row.get("prompt") is not None and row.get("completion") is not None:
+        for key in ("prompt", "completion"):
+            if not isinstance(row[key], str):
+                raise ValueError(
+                    f"{key!r} is {row[key]!r:.80}, no text: chats belong into 'messages'; of numbers a template of "
+                    "config.data.prompt and config.data.completion makes text"
+                )
         content = row["completion"]
         prompt = _tokenize(row["prompt"], tokenizer)
         answer = _continue(prompt, row["prompt"], row["prompt"] + content, tokenizer)
         pieces = [(prompt, False, row["prompt"]), (answer, True, row["prompt"] + content)]
     else:
+        there = sorted(k for k in row if row[k] is not None)
         raise ValueError(
-            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {sorted(row)}: make these of its "
+            f"a row needs 'messages', or 'prompt' and 'completion'; this one has {there}: make these of its "
             "columns with config.data.prompt and config.data.completion"
         )
     ids: list[int] = []
@@ -167,6 +174,8 @@ def truncate(example: Example, length: int) -> Example | None:
 
 def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[tuple[_Piece, bool, str]], int]:
     messages = row["messages"]
+    if isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) and m.get("role") for m in messages):
+        raise ValueError(f"'messages' must be a list of {{'role': ..., 'content': ...}}, not {messages!r:.80}")
     template = {"tools": row["tools"]} if row.get("tools") else {}
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:

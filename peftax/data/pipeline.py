@@ -77,7 +77,8 @@ class Batches(Iterator[Rows]):
             "batch": whole,
             "seed": seed if shuffled else None,
             "drop_remainder": drop_remainder,
-            "data": zlib.crc32(np.ascontiguousarray(rows["tokens"]).tobytes()),
+            "data": _checksum(rows["tokens"]),
+            "learned": _checksum(*(rows[name] for name in sorted(rows) if name != "tokens")),
         }
 
     def __len__(self) -> int:
@@ -123,12 +124,19 @@ class Batches(Iterator[Rows]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         for key, mine in self._identity.items():
-            if state.get(key) != mine:
+            if state.get(key, mine) != mine:  # what was saved before there was "learned" lacks it
                 raise ValueError(
                     f"the saved data position has {key} {state.get(key)!r}, this run {mine!r}: "
                     "resume with the same data, seed and batch size"
                 )
         self._next = int(state["next"])
+
+
+def _checksum(*arrays: np.ndarray) -> int:
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(array), found)
+    return found
 
 
 def _taken(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -85,13 +85,18 @@ def templated(
     prompts = [(p, _columns(p)) for p in ((prompt,) if isinstance(prompt, str) else prompt)]
     answers = _columns(completion)
     made = []
-    for row in rows:
+    for number, row in enumerate(rows):
         text, wanted = next((p for p in prompts if all(row.get(c) not in (None, "") for c in p[1])), prompts[-1])
         for column in (*wanted, *answers):
             if column not in row:
                 near = difflib.get_close_matches(column, row, n=1, cutoff=0.0)
                 raise ValueError(
                     f"a template asks for the column {column!r}, rows have {sorted(row)}; nearest: {near[0]!r}"
+                )
+            if row[column] is None:
+                raise ValueError(
+                    f"row {number} holds nothing in {column!r}, which a template asks for; fill it, leave the row out, "
+                    "or give several prompts, the last without it"
                 )
         more = {"task_id": row["task_id"]} if row.get("task_id") is not None else {}
         made.append({"prompt": text.format_map(row), "completion": completion.format_map(row), **more})
@@ -100,9 +105,12 @@ def templated(
 
 def _columns(template: str) -> list[str]:
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        if any(not name or name.isdigit() for name in names):
+            raise ValueError("braces hold no column's name")
     except ValueError as error:
         raise ValueError(f"template {template!r}: {error}; a brace that is text is written twice") from None
+    return names
 
 
 def _filled(rows: Any, what: str, split: str) -> Any:

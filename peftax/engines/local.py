@@ -18,6 +18,8 @@ NICE = 10  # whoever works at this machine comes first
 def submit(members: Mapping[Path, Sequence[str]], workdir: Path, *, jobs: int = 1) -> None:
     """Run the members, `jobs` at a time, each on cores of its own; SIGTERM and Ctrl-C let them save and end."""
     del workdir
+    if not isinstance(jobs, int):
+        raise ValueError(f"--set jobs={jobs}: want a whole number")
     cores = sorted(os.sched_getaffinity(0))
     jobs = max(1, min(jobs, len(members), len(cores)))
     shares = [cores[i::jobs] for i in range(jobs)]

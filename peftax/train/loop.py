@@ -43,6 +43,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     """
     workdir = Path(workdir)
     config = dict(config)
+    setup.check_numbers(config)
     there = claimed(workdir, config)
     c = config["train"]
 
@@ -109,14 +110,14 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
             best.save(workdir / "adapter", base=str(base.path))
 
     def save(step: int) -> None:
-        facts.update(data=batches.get_state(), base=fingerprint)
+        facts.update(data=batches.get_state(), base=fingerprint, loss=last.get("loss"))
         checkpoints.save(step, {"state": state, "frozen": frozen_theta}, facts)
 
     # --- steps ------------------------------------------------------------------------------------
     stop = Stop()
     last: dict[str, float] = {}
     with closing(metrics_to), closing(timings_to), closing(checkpoints), _progress() as progress, stop:
-        if start == 0 and valid is not None:
+        if start == 0 and (valid is not None or c["steps"] == 0):
             look(0)
         bar = progress.add_task("train", total=c["steps"], completed=start, loss=math.nan, valid=math.nan)
         for step in range(start + 1, c["steps"] + 1):
@@ -149,7 +150,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     return {
         "trainable": trainable(run),
         "step": int(state.step),
-        "loss": last.get("loss"),
+        "loss": last.get("loss", facts.get("loss")),  # of a run that was at its end already, what it was
         "valid": facts.get("valid"),
         "best": facts["best"],
         "adapter": str(workdir / "adapter"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +17,19 @@ from peftax.core.method import Method
 from peftax.core.sites import Sites
 
 Factors = Mapping[str, float] | Sequence[tuple[str, float]]
+DECAYING = ("adamw", "lion", "lora_fa")  # optimizers that know weight decay
+NUMBERS = ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "eps", "clip", "b1", "b2")
 
 
 def from_config(
     config: Mapping[str, Any], *, steps: int, method: Method, sites: Sites
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(optimizer, its learning rate by step) of a config's optimizer section, as the method wants it."""
+    """(optimizer, its learning rate by step) of a config's optimizer section, as the method wants it.
+
+    Raises ValueError where a number cannot be what its key says.
+    """
     o = dict(config)
+    _check_numbers(o)
     rate = schedule(
         name=o.pop("schedule"),
         learning_rate=o.pop("learning_rate"),
@@ -85,6 +92,9 @@ def make(
     }
     if name not in rules:
         raise ValueError(f"optimizer.name {name!r} is none of {', '.join(rules)}")
+    for key, value in (("weight_decay", weight_decay), ("no_decay", no_decay)):
+        if value and name not in DECAYING:
+            raise ValueError(f"optimizer.{key}={value!r}: {name} knows no weight decay; {', '.join(DECAYING)} do")
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
     return optax.chain(clipping, rules[name](), *([scale_by_path(factors)] if factors else []))
 
@@ -120,6 +130,23 @@ def _decayed(params, *, patterns: Sequence[str]) -> Any:
     flat = tree.flatten(params)
     _check("no_decay", patterns, flat)
     return tree.unflatten({path: not any(re.search(p, path) for p in patterns) for path in flat})
+
+
+def _check_numbers(o: Mapping[str, Any]) -> None:
+    for key in NUMBERS:
+        value, below = o[key], 1 if key in ("b1", "b2") else math.inf
+        if (key == "clip" and value is None) or isinstance(value, jax.Array):  # a population's rate is traced
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+            want = "a number of 0 or more" + (f", below {below:g}" if below < math.inf else "")
+            raise ValueError(f"config.optimizer.{key}={value!r}: want {want}")
+    for key in ("no_decay", "factors"):
+        if isinstance(o[key], str):
+            raise ValueError(f"config.optimizer.{key}={o[key]!r}: want several in brackets, a comma behind each")
+    pairs = o["factors"].items() if isinstance(o["factors"], Mapping) else o["factors"]
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[1], int | float):
+            raise ValueError(f"config.optimizer.factors: {pair!r} is no (regex, factor); want (('/lora/.*/b$', 16.0),)")
 
 
 def _check(key: str, patterns: Sequence[str], paths: Mapping[str, Any]) -> None:

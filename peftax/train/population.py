@@ -256,6 +256,7 @@ def train(
     """
     folders, c = [Path(f) for f in folders], configs[0]["train"]
     for config, folder in zip(configs, folders, strict=True):
+        setup.check_numbers(config)
         loop.claimed(folder, config)
     base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"])
     setup.check_mesh(base, configs[0], setup.make_method(base, configs[0]["method"]))
@@ -308,7 +309,7 @@ def train(
                     facts["best"][i] = [step, score]
                     population.member(i).save(folders[i] / "adapter", base=str(base.path))
 
-        if start == 0 and valid is not None:
+        if start == 0 and (valid is not None or c["steps"] == 0):
             look(0)
         for step in range(start + 1, c["steps"] + 1):
             began = time.perf_counter()
@@ -339,6 +340,7 @@ def train(
             stopping = stop.asked() and step < c["steps"]
             if step % c["save_every"] == 0 or step == c["steps"] or stopping:
                 facts.update(data=[streams[seed].get_state() for seed in orders], base=fingerprint)
+                facts["loss"] = [x.get("loss") for x in last]
                 checkpoints.save(step, {"state": population.state}, facts)
             if stopping:
                 logging.warning("stopped by a signal after step %d; run the same command to go on", step)
@@ -349,10 +351,16 @@ def train(
             _fail(folder, facts["failed"][i])  # again, where it was told to try once more and stands where it stood
             done.append(None)
             continue
-        best = facts["best"][i]
+        best, ended = facts["best"][i], facts.get("loss", [None] * len(folders))[i]
         counted = loop.trainable(population.runs[i])
         done.append(
-            {"trainable": counted, "step": c["steps"], "loss": last[i].get("loss"), "valid": best[1], "best": best}
+            {
+                "trainable": counted,
+                "step": c["steps"],
+                "loss": last[i].get("loss", ended),
+                "valid": best[1],
+                "best": best,
+            }
             | {"adapter": str(folder / "adapter")}
         )
     return done

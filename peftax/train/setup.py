@@ -36,6 +36,17 @@ from peftax.weights import adapters, gguf, grown, headed, names, source
 
 PYPI = "pypi:"
 POOLING = "classifier_pooling"  # as config.json says it, where it is not the model's own
+LEAST = {  # of the whole numbers of a run
+    "train.steps": 0,
+    "train.init_seed": 0,
+    "train.dropout_seed": 0,
+    "data.seed": 0,
+    **dict.fromkeys(("train.batch_size", "train.accumulate", "train.chunk", "train.keep"), 1),
+    **dict.fromkeys(("train.log_every", "train.eval_every", "train.save_every"), 1),
+    **dict.fromkeys(("data.length", "data.train_length"), 2),
+    **dict.fromkeys(("data.train_limit", "data.valid_limit", "data.test_limit"), 1),
+}
+MAY_BE_NONE = ("train_length", "train_limit", "valid_limit", "test_limit")
 
 
 @dataclasses.dataclass
@@ -119,6 +130,9 @@ def outline(
     """
     if not path:
         raise ValueError("config.model.path is empty: give a folder, a .gguf file, or a hub id")
+    for key, name in (("dtype", dtype), ("param_dtype", param_dtype or dtype)):
+        if not _is_floating(name):
+            raise ValueError(f"config.model.{key} {name!r} is no float's name: float32, bfloat16, float16")
     grid = dict(mesh or {})
     rules = grid.pop("rules", ())
     made = sharding.make_mesh(**grid, devices=devices)
@@ -153,6 +167,13 @@ def outline(
     return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, opened, tables, named)
 
 
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
 def _classifier(
     config: Mapping[str, Any], labels: int | Sequence[str] | None, pooling: str | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -160,6 +181,8 @@ def _classifier(
     architecture, ids = next(iter(config.get("architectures") or ()), ""), config.get("id2label") or {}
     if labels is None and architecture.endswith(weights.CLASSIFIER):
         labels = [ids[key] for key in sorted(ids, key=int)] or 2  # transformers' default
+    if isinstance(labels, str):
+        raise ValueError(f"config.model.labels {labels!r}: want a number, or names in brackets")
     if labels is None:
         return dict(config), ()
     named = tuple(f"LABEL_{i}" for i in range(labels)) if isinstance(labels, int) else tuple(map(str, labels))
@@ -325,8 +348,31 @@ def start(
                 f"warm_start {warm_start}: {sorted(wrong)[0]!r} ({len(wrong)} leaves) does not fit config.method; "
                 "give the run the adapter's own method, rank and targets"
             )
+        _check_same_function(warm_start, settings, part, warm, base)
         part = Partition(part.frozen, warm.trainable)
     return Run(base, method, base.place(part, method), base.inject(method))
+
+
+def _check_same_function(
+    folder: str, settings: Mapping[str, Any], part: Partition, warm: Partition, base: Base
+) -> None:
+    """Raise ValueError where an adapter's trainable values would mean something else beside these frozen leaves."""
+    own, (mine, theirs) = tree.flatten(base.params), (tree.flatten(p.frozen) for p in (part, warm))
+    for path, x in mine.items():
+        if path in own and x is not own[path]:
+            raise ValueError(
+                f"warm_start {folder}: config.method.init {settings.get('init')!r} moves {path!r} of the base, beside "
+                "which the adapter has not been trained; leave it out"
+            )
+        y = theirs.get(path)
+        if path not in own and (y is None or x.shape != y.shape or not jnp.allclose(x, y, rtol=1e-5, atol=1e-6)):
+            _, given, _ = adapters.read_config(folder)
+            plain = {k: v for k, v in given.items() if isinstance(v, int | float | str)}
+            differ = [f"{k} {v!r} there, {settings[k]!r} here" for k, v in plain.items() if settings.get(k, v) != v]
+            raise ValueError(
+                f"warm_start {folder}: {path!r} is not what it is there; give config.method the adapter's settings"
+                + (f": {'; '.join(differ)}" if differ else "")
+            )
 
 
 def _prefill(base: Base) -> Callable[[Sequence[int]], tuple[jax.Array, jax.Array]]:
@@ -505,6 +551,18 @@ def train_batches(base: Base, data: Mapping[str, Any], *, batch_size: int, accum
     rows.pop("groups", None)
     logging.info("train: %d rows of %d, %.0f%% full", len(rows["tokens"]), length, 100 * packing.fill(rows))
     return pipeline.batches(rows, batch_size=batch_size, seed=data["seed"], accumulate=accumulate)
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a whole number of a run cannot be what its key says."""
+    for key, least in LEAST.items():
+        section, name = key.split(".")
+        value = config[section][name]
+        if value is None and name in MAY_BE_NONE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            never = "; more than train.steps is never" if name.endswith("_every") else ""
+            raise ValueError(f"config.{key}={value!r}: want a whole number of {least} or more{never}")
 
 
 def check_mesh(base: Base, config: Mapping[str, Any], method: Method) -> None:

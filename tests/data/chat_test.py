@@ -92,6 +92,11 @@ ANSWERED = "{% if messages[-1]['role'] == 'assistant' %}done {% endif %}" + tiny
         ({"messages": [turn("user", "a"), {"role": "assistant"}]}, tiny.CHATML, "no text content"),
         ({"text": "a"}, tiny.CHATML, "needs 'messages', or 'prompt' and 'completion'"),
         ({"prompt": "a", "completion": ""}, tiny.CHATML, "no token to learn"),
+        ({"prompt": "a", "completion": None}, tiny.CHATML, r"this one has \['prompt'\]"),
+        ({"prompt": "1+1=", "completion": 2}, tiny.CHATML, "'completion' is 2, no text"),
+        ({"prompt": SINGLE, "completion": SINGLE}, tiny.CHATML, "chats belong into 'messages'"),
+        ({"messages": [{"from": "human", "value": "a"}]}, tiny.CHATML, "must be a list of .*'from'"),
+        ({"messages": "[]"}, tiny.CHATML, "must be a list of"),
     ],
 )
 def test_errors_are_one_clear_line(row, template, words):

@@ -77,6 +77,7 @@ def test_another_runs_state_is_refused():
         pipeline.batches(rows(), batch_size=4, seed=0),
         pipeline.batches(rows(13), batch_size=2, seed=0),
         pipeline.batches({**rows(), "tokens": rows()["tokens"] + 1}, batch_size=2, seed=0),
+        pipeline.batches({**rows(), "weights": rows()["weights"] + 1}, batch_size=2, seed=0),
     ):
         with pytest.raises(ValueError, match="the saved data position has"):
             other.set_state(state)

@@ -93,12 +93,14 @@ def test_the_first_prompt_whose_columns_are_filled():
     ("prompt", "completion", "message"),
     [
         ("{questoin}", "{answer}", "asks for the column 'questoin'.*nearest: 'question'"),
-        ("{question}", "{output}", "asks for the column 'output', rows have \\['answer', 'question'\\]"),
+        ("{question}", "{output}", "asks for the column 'output', rows have \\['answer', 'note', 'question'\\]"),
         ("{question", "{answer}", "a brace that is text is written twice"),
         ("{question}", None, "belong together"),
         (None, "{answer}", "belong together"),
+        ("{}", "{answer}", "braces hold no column's name"),
+        ("{question}", "{note}", "row 0 holds nothing in 'note'"),
     ],
 )
 def test_templates_that_do_not_fit(prompt, completion, message):
     with pytest.raises(ValueError, match=message):
-        source.templated([{"question": "a", "answer": "b"}], prompt, completion)
+        source.templated([{"question": "a", "answer": "b", "note": None}], prompt, completion)

@@ -154,6 +154,10 @@ def test_warm_start_takes_the_values(whole, files, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, warm.part.trainable, own.part.trainable)
     with pytest.raises(ValueError, match="does not fit config.method"):
         setup.start(base, {**settings, "rank": 2}, seed=5, warm_start=folder)
+    with pytest.raises(ValueError, match="scale' is not what it is there.*: alpha 16.0 there, 64.0 here"):
+        setup.start(base, {**settings, "alpha": 64.0}, seed=5, warm_start=folder)
+    with pytest.raises(ValueError, match="init 'pissa' moves '.*kernel' of the base"):
+        setup.start(base, {**settings, "init": "pissa"}, seed=5, warm_start=folder)
 
 
 def test_a_start_made_from_data(files, tmp_path):

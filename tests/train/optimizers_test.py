@@ -1,5 +1,7 @@
 """Learning rates of their own, LoRA-FA's projection, and what a wrong key says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,33 @@ def test_a_pattern_that_matches_nothing(key, value):
     made = optimizers.make(schedule=RATE, **{key: value})
     with pytest.raises(ValueError, match=f"optimizer.{key}: 'lora/c\\$' is found in no trainable leaf's path"):
         made.init({"lora": {"a": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("learning_rate", -0.1, "a number of 0 or more"),
+        ("learning_rate", None, "a number of 0 or more"),
+        ("warmup_steps", -5, "a number of 0 or more"),
+        ("clip", -1.0, "a number of 0 or more"),
+        ("b1", 1.5, "below 1"),
+        ("no_decay", "/b$", "several in brackets"),
+        ("factors", (("b$", "16"),), "is no (regex, factor)"),
+        ("factors", ("b$",), "is no (regex, factor)"),
+    ],
+)
+def test_numbers_that_cannot_be(key, value, says):
+    config = {**recipe.load("default").to_dict()["optimizer"], key: value}
+    with pytest.raises(ValueError, match=f"config.optimizer.{key}.*{re.escape(says)}"):
+        optimizers.from_config(config, steps=10, method=lora(rank=1), sites=tiny.found())
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_decay_of_those_that_know_none(name):
+    with pytest.raises(ValueError, match=f"optimizer.weight_decay=0.1: {name} knows no weight decay"):
+        optimizers.make(name=name, schedule=RATE, weight_decay=0.1)
+    with pytest.raises(ValueError, match="optimizer.no_decay"):
+        optimizers.make(name=name, schedule=RATE, no_decay=("bias",))
 
 
 def test_patterns_from_the_command_line():
