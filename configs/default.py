@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.calibration.adjust = True  # alpha grows with the rank, so that the scale stays
     config.calibration.learned = True  # only tokens whose next one counts in the loss; False: all but padding
     config.calibration.whiten = False  # divide each direction by the root of its singular value
-    config.warm_start = None  # an adapter folder whose values the run starts from
+    config.warm_start = None  # an adapter folder whose values the run starts from; config.method is the adapter's
 
     config.data = ml_collections.ConfigDict()
     # A file of peftax/data with `examples(split)`, such as "function_calling"; or None and the paths below.
@@ -87,7 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"  # after warmup: "cosine" | "linear" | "constant"
     config.optimizer.warmup_steps = 0
     config.optimizer.final_fraction = 0.0  # of the peak, where the schedule ends
-    config.optimizer.weight_decay = 0.0
+    config.optimizer.weight_decay = 0.0  # of adamw, lion and lora_fa
     config.optimizer.no_decay = ()  # regexes found in the paths of leaves that it passes by: ("/bias$", "norm/")
     # Other learning rates for some leaves: ((regex found in a leaf's path, factor), ...), the first match wins. LoRA+
     # with its ratio of 16 is (("/lora/.*/b$", 16.0),); the paths are those that `peftax inspect` prints.

@@ -299,6 +299,8 @@ def plan(args) -> None:
     config = recipe.load(args.config, args.overrides, on=args.topology if args.topology in named else None).to_dict()
     console = Console(highlight=False, soft_wrap=True)
     if args.search:
+        if args.programs or args.members > 1 or args.tokens or args.price:
+            raise ValueError("--search looks at the step of one run; ask a plan of what it finds for anything else")
         packs = args.bits or config["model"]["quantize"]
         found = planner.search(config, machine, quantized=planner.BITS if packs else ())
         if args.json:

@@ -149,9 +149,12 @@ def plan(
 
 
 def sketch(config: Mapping[str, Any], machine: machines.Machine) -> setup.Run:
-    """The run in shapes, on devices that are not here."""
-    files = outlines.outline(setup.resolve(config["model"]["path"]))
-    model = {k: v for k, v in config["model"].items() if k != "revision"}
+    """The run in shapes, on devices that are not here. Weights that are here say themselves in how few bits they lie."""
+    where, model = setup.resolve(config["model"]["path"]), dict(config["model"])
+    files = None
+    if not outlines.holds_weights(where):
+        files = outlines.outline(where)
+        del model["revision"]
     base = setup.outline(**model, mesh=config["mesh"], files=files, devices=machine.devices())
     return setup.sketch(base, config["method"])
 
@@ -237,22 +240,31 @@ def search(
     Args:
       remats: the least of making again first.
       quantized: values of config.model.quantize to try beside the config's own.
+
+    Raises ValueError, the first that was met, where none of them can be made.
     """
-    tried, own = [], config["model"]["quantize"]
+    tried, too_large, refused, own = [], 0, [], config["model"]["quantize"]
     bits = [own, *(rules for rules in quantized if rules != own)]
-    for mesh, rows, remat, rules in itertools.product(meshes(machine.count), batches, remats, bits):
+    groups = machine.count // config["mesh"]["sequence"]  # of devices that share the tokens of their rows
+    for mesh, rows, remat, rules in itertools.product(meshes(groups), batches, remats, bits):
         changed = {
             **config,
             "mesh": {**config["mesh"], **mesh},
             "model": {**config["model"], "remat": remat, "quantize": rules},
-            "train": {**config["train"], "batch_size": rows * machine.count // mesh["tensor"]},
+            "train": {**config["train"], "batch_size": rows * groups // mesh["tensor"]},
         }
         try:
             need = memory.estimate(sketch(changed, machine), changed)
-        except ValueError:  # a mesh or a batch that this model does not divide
+        except ValueError as error:  # a mesh or a batch that this model does not divide, or what no mesh mends
+            refused.append(error)
             continue
         if need.total + RESERVE <= 1.2 * machine.kind.memory:  # an estimate errs
             tried.append((changed, need))
+        else:
+            too_large += 1
+
+    if refused and not tried and not too_large:
+        raise refused[0]
 
     def order(candidate):
         changed, need = candidate

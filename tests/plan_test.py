@@ -4,11 +4,15 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from peftax import cli, machines, plan, recipe
+from peftax import cli, machines, models, plan, recipe, weights
+from peftax.core import quantization, tree
+from peftax.core import sites as core_sites
 from peftax.machines import cost
-from peftax.train import programs
+from peftax.train import programs, setup
 from tests.machines.cost_test import LLAMA, closed_formula
 
 OVERRIDES = [
@@ -115,6 +119,35 @@ def test_a_search_tries_other_bits_and_offloading(model, monkeypatch):
     remats, given = ("full", "offload"), {"batches": (1,), "quantized": plan.BITS[:1]}
     assert plan.search(config_of(model), machines.named("cpu:1"), remats=remats, **given) == []
     assert seen == [(remat, bits) for remat in remats for bits in ((), plan.BITS[0])]
+
+
+def test_a_search_says_why_nothing_can_be_made(model, capsys):
+    given = ["plan", "--config=default", "--topology=cpu:1", f"--config.model.path={model}", "--search"]
+    assert cli.main([*given, "--config.method.targets=('q_prj',)"]) == 1
+    assert "nearest" in (said := capsys.readouterr().err) and "q_prj" in said
+    assert cli.main([*given, "--tokens=1000"]) == 1
+    assert "the step of one run" in capsys.readouterr().err
+
+
+def test_a_search_keeps_the_devices_that_share_a_row(model):
+    config = config_of(model, ("mesh.sequence", "2"))
+    ((found, done),) = plan.search(config, machines.named("cpu:4"), most=1, batches=(1,), remats=("full",))
+    assert done.mesh["sequence"] == 2 and found["train"]["batch_size"] * done.mesh["tensor"] == 2
+
+
+def test_a_base_that_lies_in_few_bits_is_planned_so(tmp_path):
+    config = {**LLAMA, "num_hidden_layers": 1}
+    shapes = models.abstract(model := models.build(config))
+    sites = core_sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    params = jax.tree.map(lambda x: np.full(x.shape, 0.1, np.float32), shapes)
+    packed = quantization.quantize(params, (("_proj/kernel$", {"fmt": "nf4", "group": 64}),), sites)
+    weights.save(packed, config, tmp_path / "base")
+    sketched = plan.sketch(config_of(str(tmp_path / "base")), machines.named("cpu:1")).base
+    assert tree.nbytes(sketched.params) == tree.nbytes(setup.outline(path=str(tmp_path / "base")).params)
+    assert sum(map(tree.is_packed, tree.flatten(sketched.params).values())) == 7
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="its weights lie in few bits .bitsandbytes., of which only the files say how"):
+        plan.sketch(config_of(str(tmp_path / "base")), machines.named("cpu:1"))
 
 
 def test_meshes_of_a_machine():

@@ -108,7 +108,7 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
         optimizer=moments,
         activations=kept // parts,
         temporaries=temporaries,
-        logits=rows * min(c["chunk"], length) * run.base.config["vocab_size"] * 4 // parts,
+        logits=rows * min(c["chunk"], length) * (len(run.base.labels) or run.base.config["vocab_size"]) * 4 // parts,
     )
 
 

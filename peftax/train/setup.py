@@ -308,7 +308,13 @@ def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
     if base.labels:
         heads = [head for head in CLASSIFIERS if head in base.params]
         made[methods.WHOLE] = (*(made.get(methods.WHOLE) or ()), *heads)
-    return methods.make(**made)
+    method = methods.make(**made)
+    if method.front and not hasattr(base.model, "init_cache"):
+        raise ValueError(
+            f"config.method.name {settings['name']!r}: {base.config['model_type']} looks both ways, where prompts before a "
+            "row mean something else in Hugging Face PEFT; the nearest is prefix"
+        )
+    return method
 
 
 def drops(settings: Mapping[str, Any]) -> bool:
@@ -519,6 +525,10 @@ def examples(
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
+    if not hasattr(
+        base.model, "init_cache"
+    ):  # an encoder, whose table of positions ends; packed texts have each its own
+        length = min(length, base.config.get("max_position_embeddings", length))
     encode = functools.partial(labelled.encode, labels=base.labels) if base.labels else chat.encode
     encoded, n = chat.encode_all(rows, tokenizer, length=length, policy=policy, split=split, encode=encode)
     told = ", ".join(f"{n[k]:,} {k}" for k in ("rows", "kept", "dropped", "truncated", "tokens", "learned"))

@@ -67,6 +67,11 @@ class Outline(Source):
 
     def __init__(self, path: str, config: Mapping[str, Any]):
         self.path, self._config = Path(path), config
+        if how := config.get("quantization_config"):
+            raise ValueError(
+                f"{path}: its weights lie in few bits ({how.get('quant_method')}), of which only the files say how; fetch "
+                "them, or plan the float model with config.model.quantize"
+            )
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -89,6 +94,14 @@ class Outline(Source):
 
     def _none(self) -> ValueError:
         return ValueError(f"{self.path}: only its shapes are known here; fetch the weights to use it")
+
+
+def holds_weights(path: str) -> bool:
+    """Do weights lie there, whose headers say more than config.json?"""
+    where = Path(path).expanduser()
+    if where.is_dir():
+        return any(where.glob("*.safetensors")) or any(where.glob("*.gguf"))
+    return where.exists() and where.suffix != ".json"
 
 
 def outline(path: str) -> Outline:

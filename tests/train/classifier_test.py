@@ -98,6 +98,22 @@ def test_every_method_with_a_head(encoder, data, tmp_path, method):
         assert again.labels == LABELS
 
 
+def test_texts_beyond_an_encoders_positions(encoder, data):
+    """As the policy says, whatever the rows' length: packed texts have positions of their own."""
+    base = setup.outline(path=str(encoder), labels=LABELS)
+    base.config["max_position_embeddings"] = 3
+    given = {**ALL, "source": str(data)}
+    with pytest.raises(ValueError, match="above the context of 3"):
+        setup.examples(base, "train", **given)
+    assert max(len(e.tokens) for e in setup.examples(base, "train", **{**given, "policy": "truncate"})) == 3
+
+
+def test_prompts_before_what_looks_both_ways(encoder):
+    base = setup.outline(path=str(encoder), labels=LABELS)
+    with pytest.raises(ValueError, match="'prompt': bert looks both ways.*the nearest is prefix"):
+        setup.make_method(base, {"name": "prompt", "length": 3, "table": "word_embeddings"})
+
+
 def test_a_decoder_tells_labels_apart_too(data, tmp_path):
     base = tiny_run.base_folder(tmp_path / "base", tie_word_embeddings=False)
     c = config(base, data, **{"model.pooling": "mean"})  # "last" is held against transformers'
