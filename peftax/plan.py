@@ -149,7 +149,7 @@ def plan(
 
 
 def sketch(config: Mapping[str, Any], machine: machines.Machine) -> setup.Run:
-    """The run in shapes, on devices that are not here. Weights that are here say themselves in how few bits they lie."""
+    """The run in shapes, on devices that are not here. Weights that are here say in how few bits they lie."""
     where, model = setup.resolve(config["model"]["path"]), dict(config["model"])
     files = None
     if not outlines.holds_weights(where):
@@ -180,12 +180,14 @@ def _compiled(name: str, program: programs.Program, machine: machines.Machine, b
     seconds = time.perf_counter() - began
     parts, moved = machines.memory(compiled), cost.traffic(compiled)
     kind, bounds = machine.kind, {}
-    link = kind.link if machine.hosts == 1 or kind.platform == "tpu" else kind.network
+    sent, far = sum(moved.messages.values()), 0
+    if machine.hosts > 1 and kind.platform != "tpu":  # a TPU's links reach all of its slice
+        far = sum(cost.traffic(compiled, across=kind.per_host).messages.values())
     if kind.flops:
         bounds = {
             "compute": operations / machine.count / kind.flops,
             "memory": moved.memory / kind.bandwidth,
-            "interconnect": sum(moved.messages.values()) / link,
+            "interconnect": (sent - far) / kind.link + (far / kind.network if far else 0.0),
         }
     return Program(
         name=name,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
@@ -77,7 +78,7 @@ class Traffic:
     messages: dict[str, int]
 
 
-def traffic(compiled: jax.stages.Compiled, *, kinds: Sequence[str] = ()) -> Traffic:
+def traffic(compiled: jax.stages.Compiled, *, kinds: Sequence[str] = (), across: int | None = None) -> Traffic:
     """What a compiled program moves, from its text: loop bodies as often as they run, of branches the dearest.
 
     An instruction reads its operands and writes its results; one that is fused takes and gives slices of its operands
@@ -85,8 +86,9 @@ def traffic(compiled: jax.stages.Compiled, *, kinds: Sequence[str] = ()) -> Traf
 
     Args:
       kinds: of numbers, as HLO calls them, such as "u8" for packed codes; others do not count. By default all do.
+      across: devices of one host; only messages between several hosts count then.
     """
-    program = _parse(compiled.as_text(), frozenset(kinds))
+    program = _parse(compiled.as_text(), frozenset(kinds), across)
     memory, messages = program.cost(program.entry)
     return Traffic(int(memory), {k: int(v) for k, v in sorted(messages.items())})
 
@@ -124,6 +126,7 @@ class _Program:
     entry: str
     bodies: dict[str, dict[str, _Op]]
     kinds: frozenset[str]
+    across: int | None = None
 
     def __post_init__(self):
         self._known: dict[str, tuple[float, Counter]] = {}
@@ -171,11 +174,14 @@ class _Program:
         """(kind, channel, bytes that reach one device) of the messages in an instruction or what is fused into it."""
         kind = op.kind.removesuffix("-start")
         if kind in MOVES:
+            groups = _groups(op.rest)
+            if self.across and groups is not None and (groups // self.across == groups[:, :1] // self.across).all():
+                return
             given = sum(self.size(body[o].shape, everywhere=True) for o in op.operands if o in body)
             got = self.size(op.shape, everywhere=True)
             if op.kind.endswith("-start"):  # its result names the operands too
                 got = got - given if kind not in ("all-reduce",) else given
-            n = _group(op.rest)
+            n = 2 if groups is None else groups.shape[1]
             size = {
                 "all-gather": got - given,
                 "reduce-scatter": given - got,
@@ -262,7 +268,7 @@ class _Program:
         return total
 
 
-def _parse(text: str, kinds: frozenset[str] = frozenset()) -> _Program:
+def _parse(text: str, kinds: frozenset[str] = frozenset(), across: int | None = None) -> _Program:
     bodies: dict[str, dict[str, _Op]] = {}
     entry, body = "", {}
     for line in text.splitlines():
@@ -279,7 +285,7 @@ def _parse(text: str, kinds: frozenset[str] = frozenset()) -> _Program:
         inside, rest = _until_closed(rest)
         operands = re.findall(r"%([\w.\-]+)", inside) or [w.strip() for w in inside.split(",") if w.strip()]
         body[found[2]] = _Op(found[2], kind, shape, operands, rest, bool(found[1]))
-    return _Program(entry, bodies, kinds)
+    return _Program(entry, bodies, kinds, across)
 
 
 def _head(text: str) -> tuple[str, str]:
@@ -300,13 +306,28 @@ def _until_closed(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _group(rest: str) -> int:
-    """How many devices take part in one message."""
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*(?:device_ids=\([^{]*)?\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", found[2]))
-    return 2
+def _groups(rest: str) -> np.ndarray | None:
+    """[groups, devices of one]: who sends whom a message, by places in the mesh; None where the text does not say."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+?)(?:, |$)", rest):
+        return _ids(found[3]).reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", rest):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))?\s*\{([^}]*)\}", rest):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        own, axes = re.findall(r"'(\w+)'", found[3]), list(sizes)
+        ids = _ids(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        order = [axes.index(axis) for axis in (*(a for a in axes if a not in own), *own)]
+        return ids.reshape(*sizes.values()).transpose(order).reshape(-1, math.prod(sizes[a] for a in own))
+    return None
+
+
+def _ids(text: str) -> np.ndarray:
+    """The numbers of "[2,4]T(1,0)": counted along these sizes, and their axes turned."""
+    sizes, _, turned = text.partition("T")
+    sizes = _numbers(sizes.strip("[]"))
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(_numbers(turned.strip("()"))) if turned else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]

@@ -311,8 +311,8 @@ def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
     method = methods.make(**made)
     if method.front and not hasattr(base.model, "init_cache"):
         raise ValueError(
-            f"config.method.name {settings['name']!r}: {base.config['model_type']} looks both ways, where prompts before a "
-            "row mean something else in Hugging Face PEFT; the nearest is prefix"
+            f"config.method.name {settings['name']!r}: {base.config['model_type']} looks both ways, where prompts "
+            "before a row mean something else in Hugging Face PEFT; the nearest is prefix"
         )
     return method
 

@@ -69,8 +69,8 @@ class Outline(Source):
         self.path, self._config = Path(path), config
         if how := config.get("quantization_config"):
             raise ValueError(
-                f"{path}: its weights lie in few bits ({how.get('quant_method')}), of which only the files say how; fetch "
-                "them, or plan the float model with config.model.quantize"
+                f"{path}: its weights lie in few bits ({how.get('quant_method')}), of which only the files say how; "
+                "fetch them, or plan the float model with config.model.quantize"
             )
 
     @property

@@ -114,6 +114,43 @@ def test_messages_of_a_compiled_loop():
     assert found.memory > 5 * 64 * 64 * 4  # the gathered weight is written and read each turn
 
 
+def test_messages_that_stay_within_a_host():
+    """Of two hosts of four devices: a sum over `tensor` stays in one, a sum over `fsdp` does not."""
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    h = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def far(*axes: str) -> int:
+        f = jax.shard_map(
+            lambda h: jax.lax.psum(h, axes),
+            mesh=mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        compiled = jax.jit(f).lower(h).compile()
+        assert cost.traffic(compiled).messages
+        return sum(cost.traffic(compiled, across=4).messages.values())
+
+    assert far("tensor") == 0 and far("fsdp") == 2 * 16 * 64 * 4 // 2 and far("fsdp", "tensor") > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2] {'axis_1'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([2,4]T(1,0)) {'c'}", [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        ("replica_groups={}", None),
+    ],
+)
+def test_who_sends_whom(text, groups):
+    found = cost._groups(text)
+    assert (found if found is None else found.tolist()) == groups
+
+
 TEXT = """HloModule m
 
 %one_layer (p0: f32[4,8,8], p1: s32[]) -> f32[8,8] {
@@ -169,19 +206,6 @@ def test_a_text_read_by_hand():
     found = cost.traffic(Compiled())
     assert found.messages == {"all-gather": 4 * layer // 2}
     assert found.memory == 4 * ((layer + index + layer) + layer + (layer // 2 + layer // 2 + layer))
-
-
-@pytest.mark.parametrize(
-    "rest, devices",
-    [
-        ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups={{0,1},{2,3}}", 2),
-        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2] {'axis_1'}", 4),
-        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([2,4]T(1,0)) {'b','c'}", 8),
-    ],
-)
-def test_how_many_take_part(rest, devices):
-    assert cost._group(rest) == devices
 
 
 def test_sizes_of_shapes():
