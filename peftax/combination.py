@@ -140,7 +140,8 @@ def convert(method: Method, part: Partition, sites: Sites, rank: int | float, *,
       rank: an int; or a share in (0, 1] of each site's energy Σ σ², which then chooses its own rank.
 
     Raises:
-      ValueError: the method does not fold, changes the base itself, or changes biases, which LoRA cannot.
+      ValueError: the method does not fold, changes the base itself, or changes what LoRA cannot: biases, a table's rows
+        at the head that is tied to it.
     """
     _check_rank("convert", rank)
     adapters.refuse_whole(method, part)
@@ -149,6 +150,13 @@ def convert(method: Method, part: Partition, sites: Sites, rank: int | float, *,
     for site, dw, db in adapters.changes(tree.merge(*part), method, sites):
         if db is not None and bool(abs(db).max() > 0):
             raise ValueError(f"convert: {method.name} changes the bias of {site.path!r}, which LoRA cannot")
+        for head in adapters.tied(site, sites):
+            for piece in parts(method):
+                if piece.tied and piece.settings and any(piece.settings(n, site.kind) is not None for n in site.names):
+                    raise ValueError(
+                        f"convert: {piece.name} changes {site.path!r} and the head {head.path!r} that is tied to it, "
+                        "which LoRA at the table cannot; fold it instead"
+                    )
         for name, layer in zip(site.names, np.asarray(dw, np.float32), strict=True):
             if any(p.settings(name, site.kind) is not None for p in parts(method) if p.settings):
                 eye = np.eye(layer.shape[1], dtype=np.float32)

@@ -7,6 +7,7 @@ import pytest
 
 from peftax import combination, methods
 from peftax.core import adapters, injection, tree
+from tests.core import toys
 from tests.methods import tiny
 
 
@@ -166,3 +167,13 @@ def test_names_where_no_pattern_says_it():
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
     assert result.method.config["targets"] == names and sorted(deltas(result.method, result.part)) == names
     assert methods.make(result.method.name, **result.method.config).config == result.method.config
+
+
+@pytest.mark.parametrize(
+    "name, settings", [("lora", {"targets": ["mix"]}), ("trainable_tokens", {"targets": ["embed"]})]
+)
+def test_rows_of_tokens_at_a_tied_table_are_no_lora(name, settings):
+    _, params, _, found = toys.found("tied")
+    method = methods.make(name, tokens=(1, 4), **settings)
+    with pytest.raises(ValueError, match="tokens changes 'embed' and the head 'lm_head' that is tied to it"):
+        combination.convert(method, toys.start(method, params, found), found, 2)

@@ -105,11 +105,15 @@ def together(*methods: Method, weights: Sequence[float] | None = None) -> Method
 def _folded(params, pieces: Sequence[Method], sites: Sites) -> dict[str, Any]:
     flat = tree.flatten(params)
     base = dict(flat)
-    for piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: piece.tied):  # those that change both last, once any is untied
         assert piece.share is not None
         for site, dw, db in changes(params, piece, sites):
-            if heads := _tied(site, sites):  # untie: the head gets a kernel of its own
-                own = f"{heads[0].path}/kernel"
+            heads = tied(site, sites)
+            own = f"{heads[0].path}/kernel" if heads else ""
+            if heads and piece.tied:  # the head follows the table, in a kernel of its own where another piece untied it
+                if own in flat:
+                    flat[own] = (flat[own] + piece.share * dw[0].T).astype(flat[own].dtype)
+            elif heads:  # untie: the head gets a kernel of its own
                 flat.setdefault(own, heads[0].matrix(base[site.kernel])[0])
                 if site is heads[0]:
                     flat[own] = (flat[own] + piece.share * dw[0]).astype(flat[own].dtype)
@@ -144,7 +148,7 @@ def changes(params: tree.Tree, method: Method, sites: Sites) -> Iterator[tuple[S
             own = {p: _wide(flat[p]) for p in (site.kernel, site.bias) if p is not None}
             after = tree.flatten(piece.fold(tree.unflatten({**own, **theta, **shared}), sites))
             w = site.matrix(own[site.kernel])
-            if heads := [h for h in _tied(site, sites) if h is site]:
+            if heads := [h for h in tied(site, sites) if h is site]:
                 dw = after[f"{heads[0].path}/kernel"][None] - w
             else:
                 dw = site.matrix(after[site.kernel]) - w
@@ -154,7 +158,7 @@ def changes(params: tree.Tree, method: Method, sites: Sites) -> Iterator[tuple[S
         raise ValueError(f"the tree holds no leaves of {_title(method)}")
 
 
-def _tied(site: Site, sites: Sites) -> list[Site]:
+def tied(site: Site, sites: Sites) -> list[Site]:
     """The head whose kernel is the table that another site looks up; nothing where the site's kernel is its own."""
     same = [s for s in sites.values() if s.kernel == site.kernel]
     return [s for s in same if s.kind == "head"] if len(same) > 1 else []

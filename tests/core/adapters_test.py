@@ -121,3 +121,17 @@ def test_layers_and_filled_are_inverse():
     assert {n: x["a"].shape for n, x in numbers.items()} == {"layers.0.up": (6, 3), "layers.1.up": (6, 2)}
     again = adapters.layers(method, adapters.filled(method, part, all_sites, numbers), all_sites)
     jax.tree.map(np.testing.assert_array_equal, numbers, again)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_rows_of_tokens_fold_at_a_tied_head_too(untied):
+    """The head follows the table's rows: tied, or in the kernel that another adapter at the head gave it."""
+    model, params, x, all_sites = toys.found("tied")
+    red = lora(adapter="red", rank=2, targets=["mix"], tokens=(1, 4, 5))
+    blue = lora(adapter="blue", rank=2, targets=["lm_head" if untied else "mix"])
+    params = stand(params, all_sites, red, blue)
+    method = together(red, blue, weights=[2.0, -0.5])
+    y = toys.run(model, method, params, x)
+    folded = toys.fold(method, params, all_sites)
+    assert ("lm_head" in folded) == untied
+    toys.close(y, type(model)(tied=not untied).apply({"params": folded}, x), 1e-5)
