@@ -114,7 +114,7 @@ def _folded(params, pieces: Sequence[Method], sites: Sites) -> dict[str, Any]:
                 if own in flat:
                     flat[own] = (flat[own] + piece.share * dw[0].T).astype(flat[own].dtype)
             elif heads:  # untie: the head gets a kernel of its own
-                flat.setdefault(own, heads[0].matrix(base[site.kernel])[0])
+                flat.setdefault(own, dense(heads[0].matrix(base[site.kernel]))[0])
                 if site is heads[0]:
                     flat[own] = (flat[own] + piece.share * dw[0]).astype(flat[own].dtype)
                     continue

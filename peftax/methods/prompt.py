@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from peftax.core import front, hf
 from peftax.core.method import Kernel, Method
+from peftax.ops.product import matmul
 
 AXES = {"p": ("length", "out")}
 
@@ -54,7 +55,7 @@ def prompt(
         ids = jnp.resize(jnp.asarray(init_ids), (length,)) if init == "tokens" else None
         if ids is None:
             ids = jax.random.choice(key, rows, (length,), replace=rows < length)
-        return {"trainable": {"p": k.w[ids].astype(jnp.float32)}}
+        return {"trainable": {"p": matmul(ids, k.w).astype(jnp.float32)}}
 
     return front.prompts(
         "prompt",

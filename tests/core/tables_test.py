@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftax import models
-from peftax.core import quantization, sites, tree
+from peftax.core import adapters, quantization, sites, tree
 from peftax.core.injection import inject
 from peftax.core.method import chain
 from peftax.methods import make
@@ -65,6 +65,8 @@ METHODS = {
     "lora": {"name": "lora", "rank": 2, "targets": ("embed_tokens", "lm_head", "q_proj")},
     "tokens": {"name": "trainable_tokens", "tokens": (1, 5)},
     "prompt": {"name": "prompt", "length": 3},
+    "rows": {"name": "prompt", "length": 3, "init": "tokens", "init_ids": (1, 5)},
+    "vocabulary": {"name": "prompt", "length": 3, "init": "vocabulary"},
 }
 
 
@@ -91,3 +93,15 @@ def test_the_model_equals_that_of_the_numbers(base, name):
     untied = models.build({**tiny.CONFIG, "tie_word_embeddings": "lm_head" not in folded})
     want = apply({"params": tree.merge(part.frozen, theta)}, IDS)
     np.testing.assert_allclose(inject(untied.apply, chain())({"params": folded}, IDS), want, rtol=1e-4, atol=1e-4)
+
+
+def test_several_at_once_fold_as_one_does(base):
+    _, found, packed, _ = base
+    method = make("lora", rank=2, targets=("lm_head",))
+    part = method.init(jax.random.key(1), packed, found)
+    params = tree.merge(part.frozen, tiny.perturb(part.trainable))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        adapters.together(method).fold(params, found),
+        method.fold(params, found),
+    )
