@@ -67,6 +67,10 @@ def lora(
         raise ValueError(f"lora: rank {rank} must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora: dropout {dropout} must lie in [0, 1)")
+    if init == "loftq" and init_scale != 1:
+        raise ValueError(
+            f"lora: init_scale {init_scale} would spoil init='loftq', whose A B is what rounding took; drop it"
+        )
     whole, parameters = tuple(modules_to_save or ()), tuple(parameters or ())
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, parameters=parameters)
     begin = inits.module(init)

@@ -2,7 +2,7 @@
 2024).
 
   C = Σ (x - x̄)(x - x̄)ᵀ = U Λ Uᵀ      over the counted tokens of a few batches
-  a = U_r,   b = 0                      (whiten: a = U_r diag(Λ_r)^(-1/4))
+  a = U_r,   b = 0                      (whiten: a = U_r diag(Λ_r)^(-1/4);  init_scale times either)
   r: of all sites' λ_i / tr C, i <= rho · rank, the largest Σ rank; alpha there times r / rank
 
 The base stays. `calibrate` makes these from one pass over batches, `fill` lays them into a partition; a run does both
@@ -153,7 +153,8 @@ def calibrate(
     starts = {}
     for name, rank in ranks.items():
         u, values = spectra[name].u[:, :rank], spectra[name].values[:rank]
-        starts[name] = (u / np.maximum(values, 1e-30)[None] ** 0.25 if whiten else u).astype(np.float32)
+        u = u / np.maximum(values, 1e-30)[None] ** 0.25 if whiten else u
+        starts[name] = (method.config["init_scale"] * u).astype(np.float32)
     return Found(starts, ranks, seen)
 
 

@@ -17,8 +17,8 @@ from tests.methods import tiny
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 
 
-def found(scan=True, batches=1, **settings):
-    method = lora(rank=3, alpha=6.0, targets=TARGETS, init="eva")
+def found(scan=True, batches=1, init_scale=1.0, **settings):
+    method = lora(rank=3, alpha=6.0, targets=TARGETS, init="eva", init_scale=init_scale)
     batch = tiny.batch()
     return method, eva.calibrate(
         lambda apply, params, batch: loss.causal_lm(apply, params, batch, chunk=8)[0],
@@ -66,6 +66,12 @@ def test_scanned_and_unrolled_agree():
     assert a.ranks == b.ranks
     for name, x in a.a.items():
         np.testing.assert_allclose(np.abs((x * b.a[name]).sum(0)), np.ones(x.shape[1]), atol=1e-3)
+
+
+def test_a_start_of_another_size():
+    (_, one), (_, three) = found(), found(init_scale=3.0)
+    for name, a in one.a.items():
+        np.testing.assert_allclose(three.a[name], 3 * a, rtol=1e-6)
 
 
 def test_stops_when_nothing_moves():

@@ -84,3 +84,8 @@ def test_wants_a_packed_base():
     part = method.init(jax.random.key(0), packed.unpacked(packed.base()), packed.found())
     with pytest.raises(ValueError, match="no target is packed in few bits; set config.model.quantize"):
         loftq.fill(part, method, packed.found(), lambda path, layer: np.zeros(()))
+
+
+def test_a_scaled_start_is_refused():
+    with pytest.raises(ValueError, match="init_scale 3.0 would spoil init='loftq'"):
+        lora(init="loftq", init_scale=3.0)
