@@ -152,7 +152,7 @@ def find(apply: Callable, params: Any, *args, **kwargs) -> Sites:
 
     params and args may be arrays or `jax.ShapeDtypeStruct`s, weights may be packed; nothing is computed.
 
-    Raises ValueError where one module is scanned or mapped twice at its own path.
+    Raises ValueError where one module is scanned or mapped twice at its own path, or along another axis than the first.
     """
     depth: dict[str, int] = {}  # path -> how many axes the model's leaves miss there, as scan slices them
     calls: dict[str, tuple[views.View, str]] = {}
@@ -164,8 +164,14 @@ def find(apply: Callable, params: Any, *args, **kwargs) -> Sites:
     def watch(next_fun, call_args, call_kwargs, context):
         module, path = context.module, "/".join(context.module.path)
         for leaf, value in tree.flatten(module.variables.get("params", {})).items():
-            depth[path] = flat[f"{path}/{leaf}".lstrip("/")].ndim - value.ndim
-            break
+            at = f"{path}/{leaf}".lstrip("/")
+            whole, own = flat[at].shape, value.shape
+            depth[path] = len(whole) - len(own)
+            if depth[path] and whole[depth[path] :] != own:
+                raise ValueError(
+                    f"find: {at!r} is {whole} in the tree and {own} inside its scan, so that layers are numbered by "
+                    'another axis than the first; scan or map with variable_axes={"params": 0}'
+                )
         view = views.view_of(module, context.method_name, call_args, call_kwargs)
         if view is not None:
             calls[owner(view, module, callers)[1]] = (view, path)

@@ -263,6 +263,28 @@ def test_count_of_moved_leaves():
 # --- what inject refuses --------------------------------------------------------------------------
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(6, name="down")(nn.Dense(9, name="up")(x)), None
+
+
+@pytest.mark.parametrize("axis, length", [(1, 3), (-1, 6)])
+def test_layers_along_another_axis_are_refused(axis, length):
+    """Also where one leaf's sizes agree: down's bias is [6, 6] either way."""
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            of = {"variable_axes": {"params": axis}, "split_rngs": {"params": True}, "length": length}
+            return nn.scan(Layer, **of)(name="layers")(x, None)[0]
+
+    x = jnp.zeros((2, 6))
+    shapes = jax.eval_shape(Stack().init, jax.random.key(0), x)["params"]
+    with pytest.raises(ValueError, match=r"'layers/.*another axis than the first.*\"params\": 0"):
+        sites.find(Stack().apply, shapes, x)
+
+
 def test_a_pattern_that_matches_nothing_names_sites():
     _, params, _, all_sites = found("mlp")
     with pytest.raises(ValueError, match=r"nearest to 'upp': 'up'"):
