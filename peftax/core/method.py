@@ -25,6 +25,8 @@ class Ctx:
     """What travels into every intercepted call.
 
     key:   for dropout; its absence means evaluation.
+    chunk: int32 [], where a pass comes in several calls (the head's, chunk by chunk of the loss), which this is: each
+           drops other numbers. What is dropped for all rows alike does not ask it.
     adapters: int [B], which adapter of a mixed batch each row takes, -1 for none; see peftax/mixed_batch.py.
     start: this call fills an empty cache with its rows' first tokens; what stands before them goes in now.
     front: how many virtual tokens stand before the first real one in this call; methods set it.
@@ -32,6 +34,7 @@ class Ctx:
     """
 
     key: jax.Array | None = None
+    chunk: jax.Array | None = None
     tasks: jax.Array | None = None
     adapters: jax.Array | None = None
     start: bool = struct.field(pytree_node=False, default=False)
@@ -41,7 +44,8 @@ class Ctx:
         """x with a share `rate` of its numbers zeroed and the rest scaled up; x itself in evaluation."""
         if self.key is None or rate == 0.0:
             return x
-        keep = jax.random.bernoulli(self.key, 1.0 - rate, x.shape)
+        key = self.key if self.chunk is None else jax.random.fold_in(self.key, self.chunk)
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
         return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
     def drop_outputs(self, y: jax.Array, rate: float, whole: float, *, even: bool = True) -> jax.Array:

@@ -18,13 +18,14 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunked_nll(
-    head: Callable[[jax.Array], jax.Array],
+    head: Callable[..., jax.Array],
     h_BxTxD: jax.Array,
     targets_BxT: jax.Array,
     weights_BxT: jax.Array,
     *,
     chunk: int = 128,
     parts: int = 1,
+    numbered: bool = False,
 ) -> jax.Array:
     """Negative log likelihood of every token, `chunk` positions of the sequence at a time.
 
@@ -37,7 +38,7 @@ def chunked_nll(
     backward pass makes them again, one chunk at a time.
 
     Args:
-      head: [B, C, D] -> [B, C, V], each position by itself.
+      head: [B, C, D] -> [B, C, V], each position by itself; `numbered`: ([B, C, D], the chunk's number int32 []).
       h_BxTxD: hidden states.
       targets_BxT: token ids.
       weights_BxT: which positions count; zero elsewhere.
@@ -61,8 +62,9 @@ def chunked_nll(
         return x.reshape(n, b, parts * chunk, *x.shape[4:])
 
     h, y, counted = split(h_BxTxD), split(targets_BxT), split(weights_BxT > 0)
-    head, closed_over = jax.closure_convert(head, h[0])
-    nll = cast(jax.Array, _nll(head, h, y, counted, *closed_over))
+    at = jnp.arange(n, dtype=jnp.int32)
+    head, closed_over = jax.closure_convert(head if numbered else lambda h, _: head(h), h[0], at[0])
+    nll = cast(jax.Array, _nll(head, h, at, y, counted, *closed_over))
     nll = jnp.moveaxis(nll.reshape(n, b, parts, chunk), 0, 2)
     return nll.reshape(b, parts, n * chunk)[:, :, :own].reshape(b, t)
 
@@ -81,52 +83,52 @@ def _(size, batched, counted):
     return jnp.any(counted), False
 
 
-def _by_chunk(of_chunk, h, y, counted):
-    """`of_chunk(h, y, counted)` of every chunk, stacked; zeros for the chunks in which nothing counts."""
+def _by_chunk(of_chunk, h, at, y, counted):
+    """`of_chunk(h, at, y, counted)` of every chunk, stacked; zeros for the chunks in which nothing counts."""
 
     def step(_, args):
         shapes = jax.eval_shape(of_chunk, *args)
         skip = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
         return None, jax.lax.cond(_anywhere(args[-1]), of_chunk, skip, *args)
 
-    return jax.lax.scan(step, None, (h, y, counted))[1]
+    return jax.lax.scan(step, None, (h, at, y, counted))[1]
 
 
 # A cond that is differentiated inside a scan would keep the head's kernel once per chunk: hence a rule of our own.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(head, h, y, counted, *consts):
-    def of_chunk(h, y, counts):
-        return jnp.where(counts, token_nll(head(h, *consts), y), 0.0)
+def _nll(head, h, at, y, counted, *consts):
+    def of_chunk(h, at, y, counts):
+        return jnp.where(counts, token_nll(head(h, at, *consts), y), 0.0)
 
-    return _by_chunk(of_chunk, h, y, counted)
+    return _by_chunk(of_chunk, h, at, y, counted)
 
 
-def _forward(head, h, y, counted, *consts):
+def _forward(head, h, at, y, counted, *consts):
     trained = [c.value if c.perturbed else None for c in consts]
-    h, y, counted, *consts = (x.value for x in (h, y, counted, *consts))
+    h, at, y, counted, *consts = (x.value for x in (h, at, y, counted, *consts))
     if any(t is not None for t in trained):
-        return _nll(head, h, y, counted, *consts), (trained, None, (h, y, counted, consts))
+        return _nll(head, h, at, y, counted, *consts), (trained, None, (h, at, y, counted, consts))
 
-    def of_chunk(h, y, counts):
-        nll, back = jax.vjp(lambda h: jnp.where(counts, token_nll(head(h, *consts), y), 0.0), h)
+    def of_chunk(h, at, y, counts):
+        nll, back = jax.vjp(lambda h: jnp.where(counts, token_nll(head(h, at, *consts), y), 0.0), h)
         return nll, back(jnp.ones_like(nll))[0]
 
-    nll, slope = _by_chunk(of_chunk, h, y, counted)
+    nll, slope = _by_chunk(of_chunk, h, at, y, counted)
     return nll, (trained, slope, None)
 
 
 def _backward(head, kept, d_nll):
     trained, slope, again = kept
     if again is None:
-        return (d_nll[..., None] * slope).astype(slope.dtype), None, None, *trained
+        return (d_nll[..., None] * slope).astype(slope.dtype), None, None, None, *trained
     *chunks, consts = again
 
     def step(d_trained, chunk_of):
-        h, y, counts, d_nll = chunk_of
+        h, at, y, counts, d_nll = chunk_of
 
         def nll_of(h, trained):
             now = [c if t is None else t for c, t in zip(consts, trained, strict=True)]
-            return jnp.where(counts, token_nll(head(h, *now), y), 0.0)
+            return jnp.where(counts, token_nll(head(h, at, *now), y), 0.0)
 
         def back(h, d_nll):
             d_h, more = jax.vjp(nll_of, h, trained)[1](d_nll)
@@ -135,7 +137,7 @@ def _backward(head, kept, d_nll):
         return jax.lax.cond(_anywhere(counts), back, lambda h, _: (d_trained, jnp.zeros_like(h)), h, d_nll)
 
     d_trained, d_h = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, trained), (*chunks, d_nll))
-    return d_h, None, None, *d_trained
+    return d_h, None, None, None, *d_trained
 
 
 _nll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -53,8 +53,9 @@ def token_losses(apply, params, batch, ctx: Ctx | None = None, *, chunk: int = 1
         **more,
     )
 
-    def head(h):
-        return apply(variables, h, method="head", **more)
+    def head(h, chunk):
+        own = more if ctx is None or ctx.key is None else {"ctx": ctx.replace(chunk=chunk)}
+        return apply(variables, h, method="head", **own)
 
     parts = getattr(apply, "token_parts", 1)
-    return chunked_nll(head, h, batch["targets"], batch["weights"], chunk=chunk, parts=parts)
+    return chunked_nll(head, h, batch["targets"], batch["weights"], chunk=chunk, parts=parts, numbered=True)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import flax.linen as nn
@@ -194,6 +195,23 @@ def test_dropout_keeps_the_expectation_and_acts_before_a():
     np.testing.assert_array_equal(run({"params": merged}, x), jnp.full(x.shape, 1 + 2 * scale))
     columns = np.asarray(trained).reshape(-1, 4)
     assert (columns == 1.0).any(0).all() and not (columns == columns[:, :1]).all()
+
+
+def test_every_chunk_of_the_loss_drops_other_inputs_of_the_head():
+    """All positions are alike, so that only what is dropped differs; outputs dropped of all rows are one choice."""
+
+    def apply(variables, *args, method, ctx):
+        if method == "hidden":
+            return jnp.ones((1, 12, 64)), None
+        h = ctx.drop(args[0], 0.5) if variables["params"]["inputs"] else ctx.drop_outputs(args[0], 0.5, 0.0)
+        return jnp.concatenate([h.mean(-1, keepdims=True), h[..., :1]], axis=-1)
+
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.zeros((1, 12), jnp.int32))
+    batch["weights"] = jnp.ones((1, 12))
+    for inputs in (True, False):
+        nll = loss.token_losses(apply, {"inputs": inputs}, batch, Ctx(key=jax.random.key(0)), chunk=4)
+        alike = [np.array_equal(a, b) for a, b in itertools.combinations(nll.reshape(3, 4), 2)]
+        assert alike == [not inputs] * 3
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,20 @@ def test_nothing_counts_where_weights_are_zero():
     h, w, targets, weights = data()
     nll = chunked_nll(lambda h: h @ w, h, targets, weights, chunk=4)
     np.testing.assert_array_equal(nll == 0, weights == 0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_head_is_told_the_chunks_number(trained):
+    """Forward and, where the head trains, once more backward: head(h, i) = (i + 1) h w."""
+    h, w, targets, weights = data()
+    scale = 1.0 + jnp.arange(T) // 4
+
+    def chunked(h, w):
+        head = lambda h, i: (i + 1) * (h @ w)  # noqa: E731
+        return jnp.sum(chunked_nll(head, h, targets, weights, chunk=4, numbered=True) * weights)
+
+    def whole(h, w):
+        return jnp.sum(token_nll(scale[None, :, None] * (h @ w), targets) * weights)
+
+    ours, theirs = (jax.value_and_grad(f, (0, 1) if trained else 0)(h, w) for f in (chunked, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
