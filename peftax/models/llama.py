@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -40,6 +41,7 @@ REMAT = {
     ),
 }
 NO_WINDOW = np.iinfo(np.int32).max
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of its rope
 DEFAULTS = {  # what a config.json leaves out is what transformers' class of that type says
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
@@ -126,6 +128,11 @@ def from_hf(
     activation = c.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    kv_heads = c.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
+    if head_size % 2:
+        raise ValueError(f"head_dim {head_size} (or hidden_size / num_attention_heads) must be even: rope turns pairs")
     inv_freq, rope_scale = rope_frequencies(c, head_size)
     qkv_bias = kind == "qwen2" or bool(c.get("attention_bias", False))
     return Llama(
@@ -135,7 +142,7 @@ def from_hf(
             feed_forward=c["intermediate_size"],
             layers=layers,
             heads=heads,
-            kv_heads=c.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_size=head_size,
             norm_eps=c.get("rms_norm_eps", 1e-6),
             tied=bool(c.get("tie_word_embeddings", False)),
@@ -167,6 +174,11 @@ def rope_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[np.ndar
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(theta, numbers.Real) or theta <= 0:
+        raise ValueError(f"rope_theta {theta!r} must be a positive number")
+    needs = {"linear": ("factor",), "llama3": LLAMA3}.get(kind, ())
+    if wrong := [key for key in needs if not isinstance(rope.get(key), numbers.Real)]:
+        raise ValueError(f"rope_scaling of type {kind!r} wants {wrong[0]}, a number; it has {rope.get(wrong[0])!r}")
     inv = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size))
     inv = inv.astype(np.float32)
     if kind == "default":
@@ -174,8 +186,7 @@ def rope_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[np.ndar
     if kind == "linear":
         return inv / np.float32(rope["factor"]), 1.0
     if kind == "llama3":
-        factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-        old = rope["original_max_position_embeddings"]
+        factor, low, high, old = (rope[key] for key in LLAMA3)
         wavelength = 2 * math.pi / inv
         smooth = np.clip((old / wavelength - low) / (high - low), 0.0, 1.0)
         return ((1 - smooth) * inv / factor + smooth * inv).astype(np.float32), 1.0
@@ -190,7 +201,13 @@ def _rope_layers(c: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     if used is None:
         every = c.get("no_rope_layer_interval", 4)
         return tuple((i + 1) % every != 0 for i in range(layers))
-    return tuple(bool(u) for u in used)
+    return tuple(bool(u) for u in _one_a_layer(c, "no_rope_layers", layers))
+
+
+def _one_a_layer(c: Mapping[str, Any], key: str, layers: int) -> Sequence[Any]:
+    if len(c[key]) != layers:
+        raise ValueError(f"{key} has {len(c[key])} entries and num_hidden_layers is {layers}; it wants one for each")
+    return c[key]
 
 
 def _windows(c: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -200,7 +217,7 @@ def _windows(c: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if not window or (c["model_type"] != "mistral" and not c.get("use_sliding_window", False)):
         return (NO_WINDOW,) * layers
     if kinds:
-        return tuple(window if k == "sliding_attention" else NO_WINDOW for k in kinds)
+        return tuple(window if k == "sliding_attention" else NO_WINDOW for k in _one_a_layer(c, "layer_types", layers))
     if c["model_type"] == "smollm3":
         return tuple(NO_WINDOW if roped else window for roped in _rope_layers(c, layers))
     first = 0 if c["model_type"] == "mistral" else c["max_window_layers"]

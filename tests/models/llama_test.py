@@ -22,6 +22,35 @@ def test_unknown_types_and_options_name_what_there_is():
         models.build({**TINY, "rope_scaling": {"rope_type": "yarn"}})
 
 
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 40}
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"rope_theta": None}, "rope_theta None must be a positive number"),
+        ({"rope_scaling": LLAMA3}, "rope_scaling of type 'llama3' wants factor, a number; it has None"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type 'linear' wants factor"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_key_value_heads 3 must divide num_attention_heads 4",
+        ),
+        ({"head_dim": 5}, r"head_dim 5 .* must be even"),
+        (
+            {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1]},
+            "no_rope_layers has 1 entries and num_hidden_layers is 2",
+        ),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 2, "layer_types": ["sliding_attention"]},
+            "layer_types has 1 entries and num_hidden_layers is 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_names_the_key(given, match):
+    with pytest.raises(ValueError, match=match):
+        models.build({**TINY, **given})
+
+
 def test_llama3_rope_by_hand():
     """Head size 4, theta 100: wavelengths 2 pi and 20 pi. With old context 40, low 1, high 4: 2 pi < 10 is kept,
     20 pi > 40 is divided by 8."""
@@ -39,10 +68,10 @@ def test_llama3_rope_by_hand():
 
 
 def test_windows_and_layers_without_rope():
-    config = models.build({**TINY, "model_type": "mistral", "sliding_window": 3, "head_dim": 4}).config
+    config = models.build({**TINY, "model_type": "mistral", "sliding_window": 3, "num_key_value_heads": 2}).config
     assert config.windows == (3, 3)
     assert models.build(TINY).config.windows == (NO_WINDOW,) * 2
-    smol = models.build({**TINY, "model_type": "smollm3", "no_rope_layers": [1, 0]}).config
+    smol = models.build({**TINY, "model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 0]}).config
     assert smol.rope_layers == (True, False)
 
 
