@@ -51,8 +51,8 @@ def quantize(
       A QTensor of w's shape and dtype.
 
     Raises:
-      ValueError: an unknown format, a group it does not have or that does not divide K, a w that is no float matrix,
-        double quantization of another format.
+      ValueError: an unknown format, a group it does not have or that does not divide K, a w that is no float matrix
+        or holds no numbers, double quantization of another format.
 
     Source: Dettmers et al., "QLoRA", NeurIPS 2023; bitsandbytes 0.50.2; ggml's quantize_row_*_ref.
     """
@@ -60,6 +60,8 @@ def quantize(
         raise ValueError(f"quantize: no format {fmt!r}; {_nearest(fmt)}the formats are {', '.join(LEVELS)}")
     if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"quantize: wants floating [..., K, N], got {w.dtype} {w.shape}")
+    if 0 in w.shape:
+        raise ValueError(f"quantize: w {w.shape} holds no numbers; leave it out")
     if double and fmt not in ("nf4", "fp4"):
         raise ValueError(f"quantize: double quantization is for nf4 and fp4, not {fmt}; drop double")
     if by_row and (fmt != "int8" or group is not None):

@@ -253,6 +253,8 @@ def test_flat_divides():
         ((96, 2), "nf4", {}, r"K = 96 is not a multiple of the group 64; take group 32"),
         ((40, 2), "q4_0", {}, r"K = 40 is not a multiple of the group 32; leave .* or take int8"),
         ((64, 2), "int4", {"double": True}, "double quantization is for nf4 and fp4, not int4"),
+        ((0, 128, 64), "nf4", {}, r"w \(0, 128, 64\) holds no numbers; leave it out"),
+        ((64, 0), "int8", {}, r"w \(64, 0\) holds no numbers"),
         ((64,), "nf4", {}, r"wants floating \[..., K, N\], got float32 \(64,\)"),
     ],
 )

@@ -50,6 +50,12 @@ def test_a_wrong_contraction_is_named():
         matmul(jnp.ones((3, 32)), packed.weight("nf4", 64, 24))
 
 
+def test_no_rows_are_no_rows():
+    w = packed.weight("nf4", 64, 24)
+    assert matmul(jnp.ones((0, 64)), w).shape == (0, 24)
+    assert jax.grad(lambda x: matmul(x, w).sum())(jnp.ones((2, 0, 64))).shape == (2, 0, 64)
+
+
 def products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

@@ -39,7 +39,7 @@ def product(x: jax.Array, w: QTensor, transposed: bool) -> jax.Array:
             _warn(name, why_not)
     plain = functools.partial(xla.product, transposed=transposed)
     y = jax.lax.platform_dependent(x, w, default=plain, **branches) if branches else plain(x, w)
-    return y.reshape(*lead, -1)
+    return y.reshape(*lead, w.shape[-2 if transposed else -1])  # also of no rows
 
 
 def _default() -> dict[str, str]:
