@@ -32,6 +32,11 @@ from peftax.weights.forms import PREFIX
 
 CLASSIFIER = "classifier.json"
 PEFT_CONFIG, OWN_CONFIG, TENSORS = "adapter_config.json", "peftax_adapter.json", "adapter_model.safetensors"
+WRITTEN = (  # what a folder may hold that another replaces
+    *(PEFT_CONFIG, OWN_CONFIG, TENSORS, CLASSIFIER, "README.md"),
+    *(*source.TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"),
+    *("chat_template.json", "additional_chat_templates", "spiece.model", "sentencepiece.bpe.model"),
+)
 
 
 def read_config(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -138,7 +143,7 @@ def save(
 ) -> Path:
     """Write the adapter; the folder appears under its name only when it is whole, and replaces an older one.
 
-    Of several processes all call it and the first writes.
+    Raises FileExistsError where what stands there holds anything else, before anything is written. Of several processes all call it and the first writes.
 
     Args:
       base: the base's path or hub id, for adapter_config.json.
@@ -153,6 +158,11 @@ def save(
     if not processes.first():
         processes.wait(f"{folder.name} is written")
         return folder
+    if folder.exists() and (strange := _strange(folder)):
+        raise FileExistsError(
+            f"{folder}: holds {strange[0]!r}, which is no file of an adapter and would be lost; remove it or choose "
+            "another folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.part{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old{os.getpid()}")
@@ -166,10 +176,23 @@ def save(
             folder.rename(old)
         new.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     processes.wait(f"{folder.name} is written")
     return folder
+
+
+def _strange(folder: Path) -> list[str]:
+    """What stands there that `save` does not write; nothing of an adapter's folder, a chain's too, or an empty one."""
+    if not folder.is_dir():
+        return [folder.name]
+    held = {file.name: file for file in sorted(folder.iterdir())}
+    if not {PEFT_CONFIG, OWN_CONFIG} & held.keys():
+        return list(held)
+    known = {*WRITTEN, *(name for name in methods.names() if name in held and not _strange(held[name]))}
+    return [name for name in held if name not in known]
 
 
 def _gathered(part: Partition, method: Method, tables: Iterable[str]) -> Partition:

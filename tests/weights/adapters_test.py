@@ -144,6 +144,48 @@ def test_saving_over_an_adapter_leaves_nothing_behind(opened, tmp_path):
     assert json.loads((tmp_path / "x" / adapters.PEFT_CONFIG).read_text())["base_model_name_or_path"] == "here"
 
 
+def test_saving_replaces_nothing_but_an_adapter(opened, tmp_path, monkeypatch):
+    _, params, found = opened
+    method, part, _ = adapters.load(GOLDEN / "LORA", params, found)
+    folder = tmp_path / "x"
+    for held, named in [("notes.txt", "notes.txt"), ("README.md", "README.md"), ("lora/adapter_config.json", "lora")]:
+        (folder / held).parent.mkdir(parents=True)
+        (folder / held).write_text("mine")
+        with pytest.raises(
+            FileExistsError, match=f"x: holds '{named}', which is no file of an adapter.*another folder"
+        ):
+            adapters.save(folder, part, method, found)
+        assert (folder / held).read_text() == "mine"
+        shutil.rmtree(folder)
+    folder.write_text("mine")
+    with pytest.raises(FileExistsError, match="x: holds 'x'"):
+        adapters.save(folder, part, method, found)
+    folder.unlink()
+    folder.mkdir()
+    adapters.save(folder, part, method, found)  # empty
+    (folder / "README.md").write_text("as PEFT writes it")
+    (folder / "tokenizer.json").write_text("{}")
+    adapters.save(folder, part, method, found)
+    assert {file.name for file in folder.iterdir()} == {adapters.PEFT_CONFIG, adapters.TENSORS}
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'notes\.txt'"):
+        adapters.save(folder, part, method, found)
+    (folder / "notes.txt").unlink()
+
+    rename = Path.rename
+
+    def fails(self, target):
+        if ".part" in self.name:
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        adapters.save(folder, part, method, found)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    adapters.load(folder, params, found)
+
+
 def test_a_trained_leaf_that_all_sites_share_must_be_there(opened, tmp_path):
     """Frozen ones may be left to their seed."""
     _, params, found = opened
@@ -218,7 +260,8 @@ def test_a_chain_is_a_folder_of_its_parts(opened, tmp_path):
     assert again.name == "lora+adapter" and again.config["lora"]["modules_to_save"] == ("norm",) and raw["mine"] == 2
     jax.tree.map(np.testing.assert_array_equal, part.trainable, part_again.trainable)
     assert tree.flatten(part.frozen).keys() == tree.flatten(part_again.frozen).keys()
-    adapters.save(tmp_path / "b", part_again, again, found, extra=raw)
+    for _ in range(2):  # the second replaces the first
+        adapters.save(tmp_path / "b", part_again, again, found, extra=raw)
     for file in ("lora/adapter_config.json", "lora/" + adapters.TENSORS, "adapter/" + adapters.TENSORS):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     name, own, _ = adapters.read_config(tmp_path / "b")
