@@ -268,12 +268,14 @@ def select(
       chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias"; the last part is
         the tree's own) -> train it?
       required: raise when nothing is chosen.
-      modules: raise when one of these is the end of no name of a module that holds a leaf.
+      modules: raise when one of these is the end of no name of a module that holds a leaf, or of a tied head's alone
+        whose table does not train.
     """
 
     def init(key, params, sites) -> Partition:
         del key
         holders = {n.rpartition(".")[0] for path in tree.flatten(params) for n in sites.names(path)}
+        heads = {n: s.kernel for s in sites.values() if s.kind == "head" for n in s.names if n not in holders}
         holders |= {n for site in sites.values() for n in site.names}  # whose leaves another part may have
         for m in modules:
             if not any(holder.endswith(m) for holder in holders):
@@ -290,6 +292,15 @@ def select(
             return votes[0]
 
         frozen, trainable = tree.split(params, take)
+        still = tree.flatten(frozen)
+        for m in modules:
+            reached = [holder for holder in holders if holder.endswith(m)]
+            if all(heads.get(holder) in still for holder in reached):
+                table = sites.names(heads[reached[0]])[0].rpartition(".")[0]
+                raise ValueError(
+                    f"{name}: module {m!r} is a head tied to the table {table!r} and holds nothing of its own; name "
+                    "the table, which trains both, or untie the base (tie_word_embeddings false, and a head)"
+                )
         packed = [path for path, x in tree.flatten(trainable).items() if tree.is_packed(x)]
         if packed:
             raise ValueError(

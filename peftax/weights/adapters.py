@@ -20,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peftax import methods, processes
-from peftax.core import hf, tree
+from peftax.core import hf, quantization, tree
 from peftax.core.adapters import Slot, is_theta, own_leaves
 from peftax.core.adapters import slots as slots_of
 from peftax.core.hf import Unsupported
 from peftax.core.method import Method, Partition, chain, parts
 from peftax.core.sites import Sites
 from peftax.core.targets import CLASSIFIERS, OUTPUT_HEADS
+from peftax.ops.qtensor import dense
 from peftax.weights import experts, forms, names, source
 from peftax.weights.forms import PREFIX
 
@@ -60,6 +61,16 @@ def read_classifier(folder: str | Path) -> dict[str, Any]:
     return source.read_json(file) if file.exists() else {}
 
 
+def without_heads(settings: Mapping[str, Any], params: Mapping[str, Any], sites: Sites) -> dict[str, Any]:
+    """A folder's settings without the heads, of modules that train whole, that hold nothing here: PEFT names all that a
+    classifier's may be called, and a tied one is the table.
+    """
+    tied = {name for site in sites.values() if site.kind == "head" for name in site.names}
+    gone = {head for head in (*CLASSIFIERS, *tied) if head not in params}
+    whole = settings.get(methods.WHOLE)
+    return {**settings, methods.WHOLE: tuple(m for m in whole if m not in gone)} if whole else dict(settings)
+
+
 def load(
     folder: str | Path, params: Mapping[str, Any], sites: Sites, *, adapter: str = "default"
 ) -> tuple[Method, Partition, dict[str, Any]]:
@@ -73,8 +84,7 @@ def load(
         return _load_chain(folder, name, raw, params, sites, adapter)
     if "adapter" in methods.defaults(name):
         settings["adapter"] = adapter
-    if whole := settings.get(methods.WHOLE):  # PEFT lists every name that a classifier's head may have
-        settings[methods.WHOLE] = tuple(m for m in whole if m not in CLASSIFIERS or m in params)
+    settings = without_heads(settings, params, sites)
     form = getattr(methods.module(name), "HF", None)
     if form is not None and form.held is not None and "peft_type" in raw:
         settings = form.held(settings)
@@ -116,15 +126,15 @@ def load(
     for head, path in _tied(trainable, sites).items():
         if np.array_equal(tensors.get(head, ()), filled[path]):
             del tensors[head]
-    _replace_tables(frozen, tensors, sites, folder)
-    if tensors:
-        first = sorted(tensors)[0]
-        raise ValueError(f"{folder}: {first!r} (of {len(tensors)} left over) has no place in this model")
     if raw.get("peft_type") == "LORA" and (tied := _tied(trainable, sites)) and not raw.get("ensure_weight_tying"):
         raise Unsupported(
             f"{folder}: trains {next(iter(tied.values()))!r} apart from the head that shares it (no "
             "ensure_weight_tying); here it is one table: untie the base (tie_word_embeddings false, and a head)"
         )
+    _replace_tables(frozen, filled, tensors, sites, folder)
+    if tensors:
+        first = sorted(tensors)[0]
+        raise ValueError(f"{folder}: {first!r} (of {len(tensors)} left over) has no place in this model")
     values = {path: jnp.asarray(value, trainable[path].dtype) for path, value in filled.items()}
     return method, Partition(tree.unflatten(frozen), tree.unflatten(values)), raw
 
@@ -143,7 +153,8 @@ def save(
 ) -> Path:
     """Write the adapter; the folder appears under its name only when it is whole, and replaces an older one.
 
-    Raises FileExistsError where what stands there holds anything else, before anything is written. Of several processes all call it and the first writes.
+    Raises FileExistsError where what stands there holds anything else. Of several processes all call it and the first
+    writes.
 
     Args:
       base: the base's path or hub id, for adapter_config.json.
@@ -455,8 +466,11 @@ def _table(path: str, others: int, frozen: Mapping[str, Any], method: Method, si
     return {f"{PREFIX}{module}{inside}.weight": leaf.to_file(_numbers(frozen[path]))}
 
 
-def _replace_tables(frozen: dict[str, Any], tensors: dict[str, np.ndarray], sites: Sites, folder: Path) -> None:
+def _replace_tables(
+    frozen: dict[str, Any], filled: Mapping[str, Any], tensors: dict[str, np.ndarray], sites: Sites, folder: Path
+) -> None:
     """Take whole tables out of the tensors into the base: a target's, or one of another size than others'."""
+    heads = {}
     for site in sites.values():
         if site.stack or (site.kind not in ("embed", "head") and site.path.rpartition("/")[2] not in OUTPUT_HEADS):
             continue
@@ -466,7 +480,8 @@ def _replace_tables(frozen: dict[str, Any], tensors: dict[str, np.ndarray], site
                 continue
             tensor = tensors.pop(key)
             if site.kind == "head":
-                continue  # the table once more
+                heads[key] = site.kernel, tensor
+                continue
             (leaf,) = names.walk({site.kernel: frozen[site.kernel]})
             if tensor.shape != leaf.tensor_shape:
                 raise ValueError(
@@ -474,6 +489,20 @@ def _replace_tables(frozen: dict[str, Any], tensors: dict[str, np.ndarray], site
                     "vocabulary resized? Lay its tokenizer into the folder, or open the base with model.new_tokens"
                 )
             frozen[site.kernel] = jnp.asarray(leaf.to_tree(tensor), frozen[site.kernel].dtype)
+    for key, (path, tensor) in heads.items():
+        if not _same_table(tensor, filled.get(path, frozen.get(path))):
+            raise Unsupported(
+                f"{folder}: {key!r} is not the table {path!r} that the head shares; here it is one table: untie the "
+                "base (tie_word_embeddings false, and a head)"
+            )
+
+
+def _same_table(tensor: np.ndarray, table: Any) -> bool:
+    """Is it the table once more, as far as the narrower of the two tells?"""
+    if tree.is_packed(table):
+        tensor, table = dense(quantization.like(jnp.asarray(tensor), table)), dense(table)
+    tensor, table = np.asarray(tensor), processes.whole(table)
+    return np.array_equal(tensor.astype(table.dtype), table) or np.array_equal(tensor, table.astype(tensor.dtype))
 
 
 def _config(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from peftax.weights import bitsandbytes, names, source
 from peftax.weights.source import Source
 
 TOGETHER = 64 << 20  # bytes of a leaf that are put together on the host, or for each shard; above it layer by layer
+HEAD = "lm_head.weight"
 SLAB = 128 << 20  # bytes that are read at once
 ARCHITECTURES = {
     "bert": "BertModel",
@@ -82,7 +84,9 @@ def load(
 
 
 def check(weights: Source, abstract: trees.Tree) -> None:
-    """Every tensor is there in its shape, before the first is read; what is left over is named."""
+    """Every tensor is there in its shape, before they are read; a head that config.json ties is the table; what is left
+    over is named.
+    """
     leaves = list(names.walk(abstract))
     try:
         config = weights.config
@@ -103,15 +107,37 @@ def check(weights: Source, abstract: trees.Tree) -> None:
                 )
     unused = have.difference(*(leaf.names for leaf in leaves))
     tied = config.get("tie_word_embeddings", False)
+    if tied and HEAD in unused and not any(head in abstract for head in CLASSIFIERS):
+        _check_tied(weights, leaves)
     unused = sorted(
         name
         for name in unused
-        if not name.endswith(("rotary_emb.inv_freq", "position_ids")) and not (tied and name == "lm_head.weight")
+        if not name.endswith(("rotary_emb.inv_freq", "position_ids")) and not (tied and name == HEAD)
     )
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         first = ", ".join(unused[:3])
         logging.warning("%s: not used by the model: %s%s", weights.path, first, more)
+
+
+def _check_tied(weights: Source, leaves: Iterable[names.Leaf]) -> None:
+    """Raise where a file's head is not the table, which transformers then does not tie; read some rows at a time."""
+    table = next((n for leaf in leaves for n in leaf.names if n.endswith("embed_tokens.weight")), None)
+    if table is None:
+        return
+    (rows, *width), (others, *same) = (weights.shape(name) for name in (HEAD, table))
+    cuts = _cuts(slice(0, min(rows, others)), math.prod(width) * weights.dtype(HEAD).itemsize)  # a table may be grown
+    inside = tuple(slice(0, n) for n in width)
+
+    def equal(cut: slice) -> bool:
+        head, own = (weights.read(name, index=(cut, *inside)) for name in (HEAD, table))
+        return np.array_equal(head, own)
+
+    if width != same or not all(map(equal, cuts)):
+        raise ValueError(
+            f"{weights.path}: {HEAD!r} is another table than {table!r}, and would be lost, since config.json ties the "
+            "two: set tie_word_embeddings to false there"
+        )
 
 
 def _place(weights: Source, leaf: names.Leaf, dtype: np.dtype, place: Any) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from peftax import models
 from peftax.core import hf, injection, sites, tree
 from peftax.core import targets as target
 from peftax.core.method import Ctx
@@ -172,6 +173,21 @@ def test_modules_to_save_train_whole_and_get_no_adapter():
 def test_modules_to_save_that_match_nothing():
     with pytest.raises(ValueError, match="modules_to_save.*lm_haed.*'lm_head'"):
         shapes(lora(rank=2, targets=["q_proj"], modules_to_save=["lm_haed"]))
+
+
+def test_a_tied_head_holds_nothing_to_save():
+    model = models.build({**tiny.CONFIG, "tie_word_embeddings": True})
+    base = models.abstract(model)
+    found = sites.find(model.apply, base, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+
+    def trained(*modules):
+        method = lora(targets=["q_proj"], modules_to_save=modules)
+        part = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, found), base)
+        return [p for p in tree.flatten(part.trainable) if "/lora/" not in p]
+
+    with pytest.raises(ValueError, match="'lm_head' is a head tied to the table 'model.embed_tokens'.*name the table"):
+        trained("norm", "lm_head")
+    assert trained("lm_head", "embed_tokens") == trained("embed_tokens") == ["model/embed_tokens/embedding"]
 
 
 # --- dropout --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from peftax import methods, models, weights
-from peftax.core import injection, sites, tree
+from peftax.core import injection, quantization, sites, tree
 from peftax.core.hf import Unsupported
 from peftax.core.method import Ctx, Partition
 from peftax.weights import adapters, verification
@@ -297,6 +297,26 @@ def test_a_head_that_is_not_tied_is_read_where_peft_saved_it_whole(opened, copy)
     _edit(copy, lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((3, 64), np.float32)}))
     with pytest.raises(ValueError, match="fits no table of this base"):
         adapters.load(copy, params, found)
+
+
+def test_a_trained_head_on_a_tied_base_is_not_lost(copy):
+    """PEFT trains a copy of its own; here head and table are one."""
+    source = weights.open(GOLDEN / "base_model.safetensors")
+    model = models.build({**source.config, "tie_word_embeddings": True})
+    shapes = models.abstract(model)
+    found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    params, key = weights.load(source, shapes), "base_model.model.lm_head.weight"
+    table = np.asarray(params["model"]["embed_tokens"]["embedding"])
+    config = json.loads((copy / adapters.PEFT_CONFIG).read_text())
+    (copy / adapters.PEFT_CONFIG).write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    _edit(copy, lambda t: t.update({key: table}))
+    assert not [p for p in tree.flatten(adapters.load(copy, params, found)[1].trainable) if "/lora/" not in p]
+    packed = quantization.quantize(params, (("embed_tokens", {"fmt": "int8"}),), found)
+    adapters.load(copy, packed, found)
+    _edit(copy, lambda t: t.update({key: table + (np.arange(len(table))[:, None] == 3)}))
+    for base in (params, packed):
+        with pytest.raises(Unsupported, match=r"'.*lm_head.weight' is not the table 'model/embed_tokens/emb.*untie"):
+            adapters.load(copy, base, found)
 
 
 def test_patterns_mean_the_same_after_a_file_sorted_them(opened, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from peftax import models, weights
 from peftax.core import tree as trees
-from peftax.weights import names
+from peftax.weights import headed, names
 
 CONFIG = {
     "model_type": "qwen2",
@@ -261,8 +261,24 @@ def test_unused_tensors_are_named(saved, monkeypatch):
     weights.load(folder, tied)
     assert len(said) == 2 and "lm_head.weight" in said[1]
     (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     weights.load(folder, tied)
     assert len(said) == 2
+
+
+def test_a_head_that_is_tied_and_another_is_not_lost(saved, monkeypatch):
+    """transformers does not tie two tables that differ, whatever config.json says."""
+    _, folder = saved
+    monkeypatch.setattr("peftax.weights.base.SLAB", 256)  # 4 rows
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    tied, last = shapes(scan=True, tie_word_embeddings=True), np.arange(24)[:, None] == 23
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + last.astype("f")}))
+    with pytest.raises(ValueError, match="'lm_head.weight' is another table than 'model.embed_tokens.weight'.*false"):
+        weights.load(folder, tied)
+    classifier = models.abstract(models.build(CONFIG | {"tie_word_embeddings": True}, labels=2))
+    opened = headed.Headed(weights.open(folder))
+    opened.fit(classifier)
+    weights.check(opened, classifier)  # has no use for it
 
 
 def test_shardings_of_another_tree(saved):
