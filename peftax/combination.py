@@ -80,7 +80,8 @@ def combine(
       seed: of dare's random numbers.
 
     Raises:
-      ValueError: an adapter is no LoRA or changes the base itself; kinds, ranks or weights that do not fit.
+      ValueError: an adapter is no LoRA, changes the base itself, biases or rows of tokens; kinds, ranks or weights that
+        do not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"combine: kind {kind!r} is none of {', '.join(KINDS)}")
@@ -171,8 +172,8 @@ def _factors(method: Method, part: Partition, sites: Sites) -> dict[str, tuple[n
     """{module name: (a, b, scale)} of a LoRA adapter."""
     if method.name != "lora":
         raise ValueError(f"adapter of method {method.name!r}: only lora can be combined or truncated; convert it first")
-    adapters.refuse_whole(method, part)
-    return {name: (x["a"], x["b"], float(x["scale"])) for name, x in adapters.layers(method, part, sites).items()}
+    found = adapters.layers_of(("a", "b", "scale"), method, part, sites)
+    return {name: (x["a"], x["b"], float(x["scale"])) for name, x in found.items()}
 
 
 def _best(a: np.ndarray, b: np.ndarray, rank: int | float, *, dense: bool = False) -> tuple[Factors, tuple]:

@@ -51,7 +51,8 @@ def mixed_batch(several: Sequence[tuple[Method, Partition]], sites: Sites) -> tu
       dropout does not act.
 
     Raises:
-      ValueError: an adapter is of another method, changes the base itself, or targets a stack of experts.
+      ValueError: an adapter is of another method, changes the base itself, biases or rows of tokens, or targets a
+        stack of experts.
     """
     if not several:
         raise ValueError("mixed_batch: no adapters")
@@ -62,8 +63,7 @@ def mixed_batch(several: Sequence[tuple[Method, Partition]], sites: Sites) -> tu
             raise ValueError(
                 f"mixed_batch: {method.name!r} is neither lora nor dora; make it lora by combination.convert"
             )
-        adapters.refuse_whole(method, part)
-        each.append(adapters.layers(method, part, sites))
+        each.append(adapters.layers_of(("a", "b", "scale", "m", "w2"), method, part, sites))
     ranks = {n: [x[n]["a"].shape[1] if n in x else 0 for x in each] for n in sites.by_name()}
     widest = max(max(r) for r in ranks.values())
     experts = [s.path for s in sites.values() if s.n_stack and any(any(ranks[n]) for n in s.names)]

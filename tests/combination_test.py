@@ -155,6 +155,14 @@ def test_refusals():
         combination.convert(*made("ia3"), found, 4)
     with pytest.raises(ValueError, match="prefix 'default' is no change of weights"):
         combination.convert(*made("prefix"), found, 4)
+    for settings, leaf in (
+        ({"b_bias": True}, "'c' at 'model.layers.0.*q_proj"),
+        ({"tokens": (3, 5)}, "'ids' at 'model.emb"),
+    ):
+        with pytest.raises(ValueError, match=f"holds {leaf}.*would be lost.*without b_bias and tokens"):
+            combination.combine([red, made(rank=3, targets=("q_proj",), **settings)], [1, 1], found)
+        with pytest.raises(ValueError, match=f"lora 'default'.* holds {leaf}"):
+            combination.truncate(*made(rank=3, targets=("q_proj",), **settings), found, 2)
     for rank in (0, 1.5):
         with pytest.raises(ValueError, match="truncate: "):
             combination.truncate(*red, found, rank)

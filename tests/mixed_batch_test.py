@@ -122,6 +122,13 @@ def test_refusals():
     other = tiny.method("ia3", targets=["up"], feedforward=())
     with pytest.raises(ValueError, match="'ia3' is neither.*combination.convert"):
         mixed_batch([(other, toys.start(other, params, all_sites))], all_sites)
+    biased = lora(rank=2, b_bias=True)
+    with pytest.raises(ValueError, match="lora 'default' holds 'c' at .*would be lost; fold it"):
+        mixed_batch([*made, (biased, toys.start(biased, params, all_sites))], all_sites)
+    _, params, _, all_sites = toys.found("tied")
+    rows = lora(rank=2, tokens=(1, 2))
+    with pytest.raises(ValueError, match="holds 'ids' at 'embed'"):
+        mixed_batch([(rows, toys.start(rows, params, all_sites))], all_sites)
     _, params, _, all_sites = toys.found("bank")
     with pytest.raises(ValueError, match="stack of experts"):
         mixed_batch([(method, toys.start(method, params, all_sites))], all_sites)

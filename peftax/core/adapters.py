@@ -250,6 +250,22 @@ def layers(method: Method, part: Partition, sites: Sites) -> dict[str, dict[str,
     return found
 
 
+def layers_of(leaves: Sequence[str], method: Method, part: Partition, sites: Sites) -> dict[str, dict[str, np.ndarray]]:
+    """`layers` of an adapter that changes the base by these leaves alone.
+
+    Raises ValueError naming another, or where the adapter changes the base itself.
+    """
+    refuse_whole(method, part)
+    found = layers(method, part, sites)
+    for name, own in found.items():
+        if more := sorted(own.keys() - set(leaves)):
+            raise ValueError(
+                f"{_title(method)} holds {more[0]!r} at {name!r}, which {', '.join(leaves)} cannot say and would be "
+                "lost; fold it, or train without b_bias and tokens"
+            )
+    return found
+
+
 def filled(method: Method, part: Partition, sites: Sites, values: Mapping[str, Mapping[str, np.ndarray]]) -> Partition:
     """The partition with these numbers in its leaves; the inverse of `layers`. What is not named is zero."""
     halves, theta = [tree.flatten(half) for half in part], own_leaves(part, method)
