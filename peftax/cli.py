@@ -490,10 +490,13 @@ def _note(name: str) -> None:
 
 def combine(args) -> None:
     from peftax import combination
+    from peftax.train import setup
     from peftax.weights import adapters
 
     base = _base(args, args.adapters[0])
     loaded = [adapters.load(folder, base.params, base.sites) for folder in args.adapters]
+    for folder, (_, part, _) in zip(args.adapters, loaded, strict=True):
+        setup.check_beside(base, part, folder)
     made = combination.combine(
         [(method, part) for method, part, _ in loaded],
         args.weights or [1.0] * len(loaded),
@@ -510,11 +513,12 @@ def combine(args) -> None:
 
 def _written(made, base, into, raw) -> Path:
     from peftax import combination
-    from peftax.weights import adapters
+    from peftax.train import setup
 
     if made.errors:
         print(combination.report(made), file=sys.stderr)
-    return adapters.save(into, made.part, made.method, base.sites, base=raw.get("base_model_name_or_path"))
+    run = setup.Run(base, made.method, made.part, base.inject(made.method))
+    return run.save(into, base=raw.get("base_model_name_or_path"))
 
 
 def count(args) -> None:

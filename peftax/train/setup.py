@@ -478,12 +478,10 @@ def attach(base: Base, *folders: str | Path, weights: Sequence[float] | None = N
     if len(folders) == 1 and weights is None:
         method, part, raw = adapters.load(folders[0], base.params, base.sites)
         return Run(base, method, base.place(part, method), base.inject(method), raw)
-    own, params, each = tree.flatten(base.params), base.params, []
+    params, each = base.params, []
     for i, folder in enumerate(folders):
         method, part, _ = adapters.load(folder, base.params, base.sites, adapter=str(i))
-        for path, x in tree.flatten(part.frozen).items():  # PEFT's file may repeat a table
-            if path in own and x is not own[path] and not jnp.array_equal(x, own[path]):
-                raise ValueError(f"{folder}: brings {path!r}, not this base's, and cannot act beside others")
+        check_beside(base, part, folder)
         try:
             params = values.add(params, method, part)
         except ValueError as error:
@@ -491,6 +489,14 @@ def attach(base: Base, *folders: str | Path, weights: Sequence[float] | None = N
         each.append(method)
     method = values.together(*each, weights=weights)
     return Run(base, method, base.place(Partition(params, {}), method), base.inject(method))
+
+
+def check_beside(base: Base, part: Partition, folder: str | Path) -> None:
+    """Raise ValueError where an adapter folder brings a table of its own, which others beside it would see."""
+    own = tree.flatten(base.params)
+    for path, x in tree.flatten(part.frozen).items():  # PEFT's file may repeat a table
+        if path in own and x is not own[path] and not jnp.array_equal(x, own[path]):
+            raise ValueError(f"{folder}: brings {path!r}, not this base's, and cannot act beside others")
 
 
 def examples(

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from peftax import cli
 from peftax.data import packing
@@ -105,6 +105,29 @@ def test_rows_that_no_adapter_holds_are_written_whole(files, tmp_path, monkeypat
     plain = setup.open_base(path=str(files[0]), mesh=config["mesh"])
     with pytest.raises(ValueError, match="embed_tokens.weight.*was its vocabulary resized.*new_tokens"):
         setup.attach(plain, tmp_path / "a")
+
+
+def test_combined_and_converted_they_keep_tokenizer_and_table(files, tmp_path, capsys):
+    base = setup.open_base(path=str(files[0]), new_tokens=NEW, mesh={"fsdp": 1, "data": 1})
+    for seed, name in enumerate("ab"):
+        run = setup.start(base, {"name": "lora", "rank": 2, "targets": ("q_proj",), "adapter": "default"}, seed=seed)
+        run.part = run.part._replace(trainable=jax.tree.map(lambda x: x + 0.1, run.part.trainable))
+        run.save(tmp_path / name)
+    a, b, both, fewer = (str(tmp_path / name) for name in ("a", "b", "both", "fewer"))
+    combine = ["combine", "--base", str(files[0]), "--kind=cat", "--adapters", a, b, "--into"]
+    assert cli.main([*combine, both]) == 0
+    assert cli.main(["convert", "--base", str(files[0]), "--adapter", a, "--to-lora=1", "--into", fewer]) == 0
+    key = "base_model.model.model.embed_tokens.weight"
+    for folder in (both, fewer):
+        again = setup.open_base(path=str(files[0]), mesh={"fsdp": 1, "data": 1}, adapter=folder)
+        assert again.tokenizer.encode("<end>", add_special_tokens=False) == [len(base.tokenizer) - 1]
+        setup.attach(again, folder)
+        np.testing.assert_array_equal(*(load_file(f"{f}/{adapters.TENSORS}")[key] for f in (folder, a)))
+    tensors = load_file(f"{b}/{adapters.TENSORS}")
+    save_file({**tensors, key: tensors[key] + 1}, f"{b}/{adapters.TENSORS}")
+    capsys.readouterr()
+    assert cli.main([*combine, str(tmp_path / "no")]) == 1
+    assert "b: brings 'model/embed_tokens/embedding', not this base's" in capsys.readouterr().err
 
 
 def test_tokens_are_known_or_named(files):
