@@ -28,12 +28,19 @@ class Stacks:
     unpack: ([{suffix: tensor}] and [leaf -> shape [E, ...]] of all stacks, adapter_config.json) -> [leaves [E, ...]].
     settle: (keyword arguments, {parameter: the Hugging Face name of one of its experts}) -> keyword arguments that
             say the same by parameters.
+    since:  the version of PEFT whose files are as `pack` makes them.
     """
 
     leaves: tuple[str, ...]
     pack: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
     unpack: Callable[..., list[dict[str, np.ndarray]]]
     settle: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
+    since: str
+
+
+def version(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Major and minor number of the PEFT that wrote an adapter_config.json; zeros where it does not say."""
+    return tuple(int(n) for n in re.findall(r"\d+", str(config.get("peft_version") or "0.0"))[:2])
 
 
 class Unsupported(ValueError):

@@ -38,6 +38,7 @@ from peftax.ops.qtensor import dense
 
 AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "c": ("out",), "scale": ()}
 AXES |= {"a0": AXES["a"], "b0": AXES["b"]}
+SINCE = "0.19.0"  # of PEFT, the layout of stacked experts
 
 
 def lora(
@@ -206,10 +207,10 @@ def _pack(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _unpack(stacks, shapes, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
     """The inverse, for both of PEFT's layouts.
 
-    Before 0.19 PEFT took the second axis of [E, out, in] for the inputs: lora_A was [E r, out] and lora_B [in, r E].
+    Before SINCE PEFT took the second axis of [E, out, in] for the inputs: lora_A was [E r, out] and lora_B [in, r E].
     A file has one layout: the shapes of its first kernel that is not square tell, else the version that wrote it.
     """
-    swapped = tuple(int(n) for n in re.findall(r"\d+", str(config.get("peft_version") or "0.0"))[:2]) < (0, 19)
+    swapped = hf.version(config) < hf.version({"peft_version": SINCE})
     for tensors, shape in zip(stacks, shapes, strict=True):
         n_in, n_out = shape["a"][1], shape["b"][2]
         widths = tensors["lora_A.weight"].shape[-1], tensors["lora_B.weight"].shape[0]
@@ -257,5 +258,5 @@ HF = hf.Format(
     write=_write,
     settle=_settle,
     windows=("a", "b"),
-    stacks=hf.Stacks(leaves=("a", "b"), pack=_pack, unpack=_unpack, settle=_by_parameter),
+    stacks=hf.Stacks(leaves=("a", "b"), pack=_pack, unpack=_unpack, settle=_by_parameter, since=SINCE),
 )

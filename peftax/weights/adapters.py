@@ -526,6 +526,8 @@ def _config(
     for field in [f for f in fields if f.endswith("_pattern") and isinstance(fields[f], Mapping)]:
         names_here = [n for s in sites.values() for n in s.names if _is_target(method, n, s.kind)]
         fields[field] = hf.in_any_order(fields[field], [*names_here, *stacked])
+    if stacked and hf.version(extra) < hf.version(made := {"peft_version": form.stacks.since}):
+        fields |= made  # of square kernels the version alone tells how they lie
     if base is not None or "base_model_name_or_path" not in extra:
         fields["base_model_name_or_path"] = base
     whole = own.get("modules_to_save") or ()

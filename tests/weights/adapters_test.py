@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,6 +363,27 @@ def test_stacked_experts_are_one_parameter(tmp_path):
     _, again, raw = adapters.load(folder, toys.found("bank")[1], found)
     jax.tree.map(np.testing.assert_array_equal, part.trainable, again.trainable)
     assert raw["target_modules"] == [] and raw["target_parameters"] == ["experts.up", "down"]
+
+
+@pytest.mark.parametrize("version, written", [(None, "0.19.0"), ("0.17.1", "0.19.0"), ("0.21.2", "0.21.2")])
+def test_square_experts_come_back_as_they_were(tmp_path, version, written):
+    """Their shapes do not tell how a file lies: its version does, ours too."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Einsum((4, 6, 6), "BEI,EIO->BEO", use_bias=False, name="up")(x)
+
+    model, x = Model(), jnp.ones((2, 4, 6))
+    params = model.init(jax.random.key(0), x)["params"]
+    found = sites.find(model.apply, params, x)
+    method = methods.make("lora", rank=2, targets=None, parameters=["up"])
+    part = method.init(jax.random.key(0), params, found)
+    part = part._replace(trainable=toys.perturb(part.trainable))
+    adapters.save(tmp_path / "a", part, method, found, extra={"peft_version": version} if version else {})
+    _, again, raw = adapters.load(tmp_path / "a", params, found)
+    assert raw["peft_version"] == written
+    jax.tree.map(np.testing.assert_array_equal, part.trainable, again.trainable)
 
 
 def test_experts_that_modules_name_are_written_as_parameters(tmp_path):
