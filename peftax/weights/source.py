@@ -220,14 +220,14 @@ class Safetensors(Source):
             if self.path.suffix != ".safetensors":
                 raise ValueError(f"{self.path}: neither .safetensors nor .gguf; no other is read")
             return dict.fromkeys(self._open(self.path).keys(), self.path)
+        if (single := self.folder / SINGLE).exists():  # first, as in transformers: an index beside it is an old one
+            return dict.fromkeys(self._open(single).keys(), single)
         if (index := self.folder / INDEX).exists():
             files = {n: self.folder / f for n, f in read_json(index)["weight_map"].items()}
             for file in sorted(set(files.values())):
                 if not file.exists():
                     raise FileNotFoundError(f"{file}: named in {INDEX} but missing; fetch it again")
             return files
-        if (single := self.folder / SINGLE).exists():
-            return dict.fromkeys(self._open(single).keys(), single)
         pickles = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt*"))
         if pickles:
             raise ValueError(

@@ -50,6 +50,14 @@ def test_shards(tmp_path):
     same(weights.open(lay_shards(tmp_path / "m")))
 
 
+def test_an_old_index_beside_one_file(tmp_path):
+    """What save_pretrained leaves of shards where it then writes one file; transformers reads that."""
+    lay(lay_shards(tmp_path / "m"), {name: np.array(value + 1) for name, value in TENSORS.items()})
+    found = weights.open(tmp_path / "m")
+    for name, value in TENSORS.items():
+        np.testing.assert_array_equal(found.read(name), value + 1)
+
+
 def test_file(tmp_path):
     lay(tmp_path / "m", config=False)
     found = weights.open(tmp_path / "m" / "model.safetensors")
