@@ -529,10 +529,16 @@ def count(args) -> None:
     from peftax.core import sites
     from peftax.weights import adapters, source
 
-    model = models.build(source.read_json(args.model), scan=False)
+    folder = Path(args.adapter) if Path(args.adapter).is_dir() else Path(args.adapter).parent
+    labels, pooling = adapters.count_labels(folder), adapters.read_classifier(folder).get("pooling")
+    head = {"labels": labels, "pooling": pooling} if labels else {}
+    model = models.build(source.read_json(args.model), scan=False, **head)
     shapes = models.abstract(model)
     found = sites.find(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    name, settings, _ = adapters.read_config(args.adapter)
+    name, settings, raw = adapters.read_config(args.adapter)
+    if raw.get("task_type") == "SEQ_CLS" and not labels:
+        print(f"note: {folder} does not say how many labels there are: their head is not counted", file=sys.stderr)
+    settings = adapters.without_heads(settings, shapes, found)
     n = sites.count(methods.make(name, **settings), shapes, found)
     if args.json:
         print(json.dumps(n))

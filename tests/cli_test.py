@@ -74,6 +74,25 @@ def test_verify_count(capsys):
     assert "trainable 3,072 of" in capsys.readouterr().out
 
 
+def test_count_of_a_classifier(tmp_path, capsys):
+    """PEFT names every head that a classifier may have; how many labels its own has, only the tensors say."""
+    raw = json.loads((GOLDEN / "LORA" / "adapter_config.json").read_text())
+    raw |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    words = ["count", "--json", "--model", str(GOLDEN / "config.json"), "--adapter", str(tmp_path)]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["trainable"] == 3072 and "their head is not counted" in said.err
+    tensors = {"base_model.model.score.weight": np.zeros((3, 64), np.float32)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["trainable"] == 3072 + 3 * 64 and not said.err
+    (tmp_path / "classifier.json").write_text('{"labels": ["no", "yes"], "pooling": null}')
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["trainable"] == 3072 + 2 * 64
+
+
 def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
     base, data = files
     adapter = str(run / "adapter")

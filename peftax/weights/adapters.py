@@ -61,6 +61,16 @@ def read_classifier(folder: str | Path) -> dict[str, Any]:
     return source.read_json(file) if file.exists() else {}
 
 
+def count_labels(folder: str | Path) -> int | None:
+    """How many labels the head has that an adapter folder holds or says; None where it does neither."""
+    if said := read_classifier(folder).get("labels"):
+        return len(said)
+    if not (file := Path(folder) / TENSORS).exists():
+        return None
+    opened, ends = source.open(file), tuple(f".{head}.weight" for head in CLASSIFIERS)
+    return next((opened.shape(name)[0] for name in opened.names() if name.endswith(ends)), None)
+
+
 def without_heads(settings: Mapping[str, Any], params: Mapping[str, Any], sites: Sites) -> dict[str, Any]:
     """A folder's settings without the heads, of modules that train whole, that hold nothing here: PEFT names all that a
     classifier's may be called, and a tied one is the table.
