@@ -448,7 +448,8 @@ def merge(args) -> None:
             "serve it as an adapter"
         )
     shapes, read = folding.by_layer(run.method, run.params, base.sites, pack=args.pack)
-    into = weights.save(shapes, base.config, args.into, tokenizer=base.tokenizer, read=read)
+    beside = {"tokenizer": base.tokenizer, "generation": base.generation}
+    into = weights.save(shapes, base.config, args.into, **beside, read=read)
     if args.data:
         rows = packing.pack(_examples(base, args.data, "train", None, 1024), 1024)
         before = scores.nll(run.apply, run.params, rows, at=base.rows)["nll"]
@@ -468,7 +469,8 @@ def convert(args) -> None:
         raise ValueError("--to-lora wants an --adapter")
     base = _base(args)
     if not args.adapter:
-        into = weights.save(base.params, base.config, args.into, tokenizer=base.tokenizer)
+        beside = {"tokenizer": base.tokenizer, "generation": base.generation}
+        into = weights.save(base.params, base.config, args.into, **beside)
     elif args.to_lora is None:
         run = setup.attach(base, args.adapter)
         into = run.save(args.into)

@@ -124,6 +124,28 @@ def test_train_evaluate_generate_merge_convert(files, run, tmp_path, capsys):
     assert capsys.readouterr().out == unfolded
 
 
+def test_how_a_base_is_to_answer_stays_with_it(files, run, tmp_path, capsys):
+    """Sampling and stop tokens of generation_config.json; an id that it does not say is the config's."""
+    said = {"eos_token_id": [1, 7], "bos_token_id": None, "do_sample": True, "temperature": 0.6}
+    base = shutil.copytree(files[0], tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps(said))
+    config = json.loads((base / "config.json").read_text()) | {"pad_token_id": 3}
+    (base / "config.json").write_text(json.dumps(config))
+    grid = {"data": 1, "fsdp": 1}
+    assert setup.eos_ids(setup.outline(path=str(base), mesh=grid)) == (1, 7)
+    words = ["--base", str(base), "--into"]
+    assert cli.main(["convert", *words, str(tmp_path / "c")]) == 0
+    assert cli.main(["merge", *words, str(tmp_path / "m"), "--adapter", str(run / "adapter")]) == 0
+    for folder in "cm":
+        kept = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert {k: v for k, v in kept.items() if k != "bos_token_id"} == {
+            "eos_token_id": [1, 7],
+            "do_sample": True,
+            "temperature": 0.6,
+            "pad_token_id": 3,
+        }
+
+
 def test_a_chains_folder_from_training_to_verify(files, tmp_path, capsys):
     """Written, written again, held against its own logits; what PEFT does not read is one line."""
     base, _ = files

@@ -56,6 +56,7 @@ class Base:
     unread: the weights' files while `params` are their shapes (an outline); None once they are read.
     grown:  {path of a table: how many of its rows the file holds} where the tokenizer has learnt tokens; else None.
     labels: of a classifier; none of a language model.
+    generation: the file's generation_config.json.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Base:
     unread: weights.Source | None = None
     grown: dict[str, int] | None = None
     labels: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self) -> Base:
         """The same base with its weights read onto their shards."""
@@ -164,7 +166,8 @@ def outline(
         for path, x in tree.flatten(shapes).items()
     }
     params, tokenizer = tree.unflatten(placed), opened.tokenizer()
-    return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, opened, tables, named)
+    more = (opened, tables, named, opened.generation())
+    return Base(Path(folder), config, model, params, sites, specs, made, tokenizer, *more)
 
 
 def _is_floating(dtype: Any) -> bool:
@@ -627,8 +630,9 @@ def held_out(base: Base, data: Mapping[str, Any], split: str) -> packing.Rows | 
 
 
 def eos_ids(base: Base) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's and the config's."""
-    named = base.config.get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    own = getattr(base.tokenizer, "eos_token_id", None)
-    return tuple(sorted({int(i) for i in (*ids, own) if i is not None}))
+    """The ids that end an answer: the tokenizer's, the config's and those of generation_config.json."""
+    named = [getattr(base.tokenizer, "eos_token_id", None)]
+    for config in (base.config, base.generation):
+        own = config.get("eos_token_id")
+        named += own if isinstance(own, list) else [own]
+    return tuple(sorted({int(i) for i in named if i is not None}))

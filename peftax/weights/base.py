@@ -346,6 +346,7 @@ def save(
     into: str | Path,
     *,
     tokenizer: Any = None,
+    generation: Mapping[str, Any] | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
     read: Callable[[str, int | None], Any] | None = None,
@@ -360,13 +361,15 @@ def save(
       config: the checkpoint's config.json; dtype, architecture, untied head are brought up to date.
       into: a folder that does not exist or is empty.
       tokenizer: a transformers tokenizer to lay beside.
+      generation: the base's generation_config.json; ids that it does not say are the config's or the tokenizer's.
       dtype: of the floating tensors in the file; None keeps each.
       max_shard_bytes: a file's limit; one tensor above it gets a file of its own.
       read: (a leaf's path, a layer of its stack or None) -> what is written there; asked for one after another.
     """
     into = Path(into)
     if processes.first():
-        save_alone(params, config, into, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes, read=read)
+        beside = {"tokenizer": tokenizer, "generation": generation}
+        save_alone(params, config, into, **beside, dtype=dtype, max_shard_bytes=max_shard_bytes, read=read)
     else:
         _write_tensors(params, read, None, dtype, max_shard_bytes)  # hands over its shards
     processes.wait(f"{into.name} is written")
@@ -379,6 +382,7 @@ def save_alone(
     into: Path,
     *,
     tokenizer: Any = None,
+    generation: Mapping[str, Any] | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
     read: Callable[[str, int | None], Any] | None = None,
@@ -391,7 +395,7 @@ def save_alone(
     part.mkdir()
     try:
         kind = _write_tensors(params, read, part, dtype, max_shard_bytes)
-        _write_config(params, config, kind, tokenizer, part)
+        _write_config(params, config, kind, tokenizer, generation, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
         part.replace(into)
@@ -476,7 +480,9 @@ def _quantization_config(params: trees.Tree) -> dict[str, Any]:
     return {"quantization_config": how}
 
 
-def _write_config(params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, into: Path) -> None:
+def _write_config(
+    params: trees.Tree, config: Mapping[str, Any], kind: np.dtype, tokenizer: Any, generation: Any, into: Path
+) -> None:
     config = {k: v for k, v in config.items() if k != "quantization_config"} | _quantization_config(params)
     # transformers 5 writes "dtype"; version 4 reads "torch_dtype"
     config |= {"dtype": kind.name, "torch_dtype": kind.name}
@@ -489,12 +495,14 @@ def _write_config(params: trees.Tree, config: Mapping[str, Any], kind: np.dtype,
     if "lm_head" in params:
         config["tie_word_embeddings"] = False
     _dump(into / "config.json", config)
-    ids = {}
+    said = {k: v for k, v in (generation or {}).items() if v is not None}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key)
-        ids[key] = getattr(tokenizer, key, None) if value is None else value
-    if ids["eos_token_id"] is not None:
-        _dump(into / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        value = getattr(tokenizer, key, None) if value is None else value
+        if value is not None:
+            said.setdefault(key, value)
+    if generation or "eos_token_id" in said:
+        _dump(into / source.GENERATION, said)
 
 
 def _dump(file: Path, content: Any) -> None:

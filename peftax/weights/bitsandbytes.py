@@ -91,6 +91,9 @@ class Bitsandbytes(Source):
     def tokenizer(self) -> Any | None:
         return self.files.tokenizer()
 
+    def generation(self) -> Mapping[str, Any]:
+        return self.files.generation()
+
     def names(self) -> list[str]:
         return list(self._names)
 

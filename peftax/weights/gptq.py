@@ -117,6 +117,9 @@ class Int4(Source):
     def tokenizer(self) -> Any | None:
         return self.inner.tokenizer()
 
+    def generation(self) -> Mapping[str, Any]:
+        return self.inner.generation()
+
     def names(self) -> list[str]:
         return list(self._names)
 

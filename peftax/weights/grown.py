@@ -84,6 +84,9 @@ class Grown(Source):
     def tokenizer(self) -> Any:
         return self._tokenizer
 
+    def generation(self) -> Mapping[str, Any]:
+        return self.file.generation()
+
 
 def grow(file: Source, tokens: Sequence[str], *, start: str = "mean", tokenizer: Any = None) -> Source:
     """`file` with these tokens in its tokenizer, and rows for them where its tables have none to spare.

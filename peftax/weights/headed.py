@@ -66,3 +66,6 @@ class Headed(Source):
 
     def tokenizer(self) -> Any:
         return self.file.tokenizer()
+
+    def generation(self) -> Mapping[str, Any]:
+        return self.file.generation()

@@ -29,6 +29,7 @@ from peftax.ops.qtensor import QTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -126,6 +127,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def tokenizer(self) -> Any | None:
         """A transformers tokenizer; None where the checkpoint has none."""
+
+    def generation(self) -> Mapping[str, Any]:
+        """The checkpoint's generation_config.json; empty where it has none."""
+        return {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
@@ -283,6 +288,10 @@ class Safetensors(Source):
 
     def tokenizer(self) -> Any | None:
         return read_tokenizer(self.folder)
+
+    def generation(self) -> Mapping[str, Any]:
+        file = self.folder / GENERATION
+        return read_json(file) if file.exists() else {}
 
 
 def read_tokenizer(folder: str | Path) -> Any | None:
