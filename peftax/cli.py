@@ -447,7 +447,7 @@ def merge(args) -> None:
             f"{' '.join(args.adapter)}: {'+'.join(stays)} is no change of weights and cannot be merged into them; "
             "serve it as an adapter"
         )
-    shapes, read = folding.by_layer(run.method, run.params, base.sites, pack=args.pack)
+    shapes, read = folding.by_layer(run.method, run.params, base.sites, pack=args.pack, like=base.params)
     beside = {"tokenizer": base.tokenizer, "generation": base.generation}
     into = weights.save(shapes, base.config, args.into, **beside, read=read)
     if args.data:

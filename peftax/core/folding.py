@@ -17,13 +17,14 @@ from peftax.core.sites import Site, Sites
 
 
 def by_layer(
-    method: Method, params: tree.Tree, sites: Sites, *, pack: bool = False
+    method: Method, params: tree.Tree, sites: Sites, *, pack: bool = False, like: tree.Tree | None = None
 ) -> tuple[dict[str, Any], Callable[[str, int | None], Any]]:
     """What `method.fold` gives, to be asked for: the same bits.
 
     Args:
       params: the base and the method's leaves.
       pack: kernels that are packed in `params` are packed again.
+      like: the base as it was: its leaves that trained in float32 are as wide as they were there.
 
     Returns:
       (the folded tree as shapes; (a leaf's path, a layer of its stack or None: all of it) -> the leaf there).
@@ -38,24 +39,27 @@ def by_layer(
 
     def whole(params):
         folded = fold(params, sites)
-        return quantization.pack_like(folded, params) if pack else folded
+        flat = tree.flatten(quantization.pack_like(folded, params) if pack else folded)
+        return tree.unflatten(flat | {p: flat[p].astype(x.dtype) for p, x in own.items() if p in flat})
 
+    own = tree.flatten(like or {})
     shapes = jax.eval_shape(whole, tree.abstract(params))
     flat, wanted, groups = tree.flatten(params), tree.flatten(shapes), _groups(sites)
 
     def read(path: str, layer: int | None) -> Any:
-        own = _leaves(flat, groups.get(path, ()))
+        here = _leaves(flat, groups.get(path, ()))
         x, was = (None if path not in flat else _of_layer(flat[path], layer)), None
-        if (acting := _acting(method, own)) is not None:
+        if (acting := _acting(method, here)) is not None:
             was = x
-            cut = {p: _of_layer(x, layer) for p, x in own.items()} | _common(method, flat)
+            cut = {p: _of_layer(x, layer) for p, x in here.items()} | _common(method, flat)
             assert acting.fold is not None  # a part of what folds
             x = tree.flatten(acting.fold(tree.unflatten(cut), _sites_of_layer(groups[path], layer)))[path]
         x, was = (v if layer is None else jax.tree.map(lambda x: x[0], v) for v in (x, was))
         if tree.is_packed(wanted[path]) and not tree.is_packed(x):
             assert x is not None and was is not None
             return quantization.like(x, was)
-        return x
+        assert x is not None
+        return x.astype(wanted[path].dtype) if path in own else x
 
     return shapes, read
 

@@ -262,7 +262,7 @@ def select(
     required: bool = True,
     modules: Sequence[str] = (),
 ) -> Method:
-    """A method that trains leaves of the base as they are.
+    """A method that trains leaves of the base as they are, in float32 whatever the base lies in.
 
     Args:
       chosen: Hugging Face name of a leaf ("model.layers.0.self_attn.q_proj.bias"; the last part is
@@ -312,7 +312,7 @@ def select(
                 f"{name}: nothing is chosen; the leaves are named {', '.join(leaves)}; the modules that hold them: "
                 f"{', '.join(sorted(holders)[:8])}"
             )
-        return Partition(frozen, trainable)
+        return Partition(frozen, jax.tree.map(_exact, trainable))
 
     plain = {"fold": lambda params, sites: dict(params), "pads": True}  # it has no rank
     return Method(name=name, init=init, chosen=chosen, config=config or {}, **plain)
@@ -491,6 +491,11 @@ def _enter(leaves: Leaves, adapter: str, ctx: Ctx, where: str) -> tuple[dict[str
         key = jax.random.fold_in(key, zlib.crc32(where.encode()) & 0x7FFFFFFF)
         ctx = dataclasses.replace(ctx, key=key)
     return theta, ctx
+
+
+def _exact(leaf: jax.Array) -> jax.Array:
+    """In float32: a step smaller than half of what bf16 tells apart would be lost."""
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _cast(theta, dtype, exact=()):

@@ -74,6 +74,19 @@ def test_several_at_once():
     equal(whole, perturbed(whole, tiny.params(), found), found)
 
 
+def test_leaves_that_trained_in_float32_are_as_wide_as_the_base():
+    base, found, method = (
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params()),
+        tiny.found(),
+        methods.make("full"),
+    )
+    params = perturbed(method, base, found)
+    shapes, read = folding.by_layer(method, params, found, like=base)
+    assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"bfloat16"}
+    kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(read("model/layers/mlp/up_proj/kernel", 1)[None], kernel[1:].astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
 def test_a_tied_head_is_untied(targets):
     config = {**tiny.CONFIG, "tie_word_embeddings": True}

@@ -389,6 +389,16 @@ def test_8_half_precision(case):
         assert leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all(), path
 
 
+def test_8_what_trains_of_a_half_precision_base_is_float32(case):
+    """Also leaves of the base itself, whose small steps bf16 would lose; activations keep the model's dtype."""
+    model = models.build(tiny.CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    part = jax.eval_shape(lambda p: case.method.init(jax.random.key(0), p, case.sites), models.abstract(model))
+    assert {x.dtype.name for x in jax.tree.leaves(part.trainable)} == {"float32"}
+    apply = injection.inject(model.apply, case.method)
+    logits = jax.eval_shape(lambda part: apply({"params": tree.merge(*part)}, jnp.zeros((1, 3), jnp.int32)), part)
+    assert logits.dtype == jnp.bfloat16
+
+
 def test_9_accumulation(case):
     """2 x 4 ragged rows and one batch of 8: sums and weights add up before the division."""
     batch = tiny.batch()
