@@ -10,6 +10,9 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+import jax
+import jax.numpy as jnp
+
 from peftax.core import tree
 
 
@@ -22,3 +25,10 @@ def module(name: str) -> ModuleType:
     if name not in names():
         raise ValueError(f"init {name!r} does not exist; the nearest: {tree.nearest(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def padded(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Factors of a decomposition, with zeros to `rank` where it is above the kernel's smaller side: they do nothing, and
+    files and counts have the rank that was asked for."""
+    more = rank - a.shape[1]
+    return jnp.pad(a, ((0, 0), (0, more))), jnp.pad(b, ((0, more), (0, 0)))

@@ -10,10 +10,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from peftax.methods.inits import padded
+
 MOVES = True
 
 
 def olora(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     """(a [in, rank], b [rank, out]) of w [in, out]; key and scale have no part in it."""
     q, r = jnp.linalg.qr(w.T.astype(jnp.float32))
-    return r[:rank].T, q[:, :rank].T
+    return padded(r[:rank].T, q[:, :rank].T, rank)

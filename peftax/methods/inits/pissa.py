@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from peftax.methods.inits import padded
+
 MOVES = True
 
 
@@ -17,4 +19,4 @@ def pissa(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Ar
     """(a [in, rank], b [rank, out]) of w [in, out]; key has no part in it."""
     u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(s[:rank] / scale)
-    return u[:, :rank] * root[None], root[:, None] * vt[:rank]
+    return padded(u[:, :rank] * root[None], root[:, None] * vt[:rank], rank)

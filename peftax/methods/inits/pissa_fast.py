@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from peftax.methods.inits import padded
+
 MOVES = True
 ITERATIONS, MORE = 4, 8
 
@@ -23,4 +25,4 @@ def pissa_fast(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[j
         q = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ jnp.linalg.qr(q)[0])[0])[0]
     u, s, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
     root = jnp.sqrt(s[:rank] / scale)
-    return (q @ u)[:, :rank] * root[None], root[:, None] * vt[:rank]
+    return padded((q @ u)[:, :rank] * root[None], root[:, None] * vt[:rank], rank)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftax.core import injection, tree
+from peftax.core import injection, sites, tree
 from peftax.methods import inits
 from peftax.methods.lora import lora
 from peftax.weights import adapters
+from tests.core import toys
 from tests.methods import tiny
 
 MOVING = [name for name in inits.names() if inits.module(name).MOVES]
@@ -29,6 +30,22 @@ def test_shapes(name, w):
     a, b = start(name, w, rank=4)
     assert a.shape == (12, 4) and b.shape == (4, 7)
     assert inits.module(name).MOVES == bool(np.abs(a @ b).max() > 1e-6)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_rank_above_the_smaller_side(name, tmp_path):
+    """What no decomposition has is zeros, and the file can be read."""
+    model, params, x, found = toys.found("mlp")
+    method = lora(rank=6, alpha=3.0, init=name)  # kernels [5, 7] and [7, 3]
+    part = toys.start(method, params, found)
+    assert sites.count(method, params, found)["trainable"] == tree.count(part.trainable) == 6 * (5 + 7 + 7 + 3)
+    y = model.apply({"params": params}, x)
+    toys.close(toys.run(model, method, tree.merge(*part), x), y, 1e-5)
+    part = part._replace(trainable=toys.perturb(part.trainable))
+    adapters.save(tmp_path / "a", part, method, found)
+    again, loaded, _ = adapters.load(tmp_path / "a", params, found)
+    y = toys.run(model, method, tree.merge(*part), x)
+    toys.close(toys.run(model, again, tree.merge(*loaded), x), y, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_fast"])
