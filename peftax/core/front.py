@@ -29,11 +29,24 @@ def everywhere(length: int) -> jax.Array:
     return jnp.full((length,), EVERYWHERE)
 
 
+def _takes_tokens(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Is this a call that virtual tokens stand before? `method` may be a name, a function or None, as in linen."""
+    method = kwargs.get("method")
+    if getattr(method, "__name__", method) not in (None, *WHOLE):
+        return False
+    if not args:
+        raise ValueError(
+            f"virtual tokens: the model is given {', '.join(map(repr, kwargs)) or 'nothing'} by name alone; give the "
+            "token ids as its first argument"
+        )
+    return True
+
+
 def after(length: int) -> Callable[..., Any]:
     """Method.around that moves the tokens' positions behind `length` virtual ones, which are not in the row."""
 
     def around(run, args, kwargs, ctx: Ctx):
-        if kwargs.get("method", "__call__") not in WHOLE:
+        if not _takes_tokens(args, kwargs):
             return run(args, kwargs, ctx)
         inputs, (positions, *rest) = args[0], (*args[1:], None)[: max(1, len(args) - 1)]
         kwargs = dict(kwargs)
@@ -80,7 +93,7 @@ def prompts(
         return jax.lax.dynamic_update_slice(y, p.astype(y.dtype), (0, 0, 0))
 
     def around(run, args, kwargs, ctx: Ctx):
-        if kwargs.get("method", "__call__") not in WHOLE:
+        if not _takes_tokens(args, kwargs):
             return run(args, kwargs, ctx)
         tokens, (positions, segments, *rest) = args[0], (*args[1:], None, None)[: max(2, len(args) - 1)]
         kwargs = dict(kwargs)

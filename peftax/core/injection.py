@@ -67,7 +67,7 @@ def inject(
                 run = functools.partial(part.around, run)
         out = run(args, kwargs, Ctx() if ctx is None else ctx)
         missed = held - reached
-        if missed and "method" not in kwargs:
+        if missed and kwargs.get("method") is None:
             raise ValueError(
                 f"inject: the model never reached {sorted(missed)[0]!r} ({len(missed)} of {len(held)} adapters); "
                 f"the nearest that it reached: {tree.nearest(sorted(missed)[0], reached)}"

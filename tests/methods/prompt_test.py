@@ -51,6 +51,8 @@ def test_errors():
     apply, params = injection.inject(tiny.model().apply, method), tree.merge(*start(method))
     with pytest.raises(ValueError, match="token ids"):
         apply({"params": params}, jnp.zeros((1, 3, 24)), method="hidden")
+    with pytest.raises(ValueError, match="'inputs' by name alone; give the token ids as its first argument"):
+        apply({"params": params}, inputs=jnp.zeros((1, 3), jnp.int32))
     assert method.fold is None and method.front == 2
 
 
@@ -73,3 +75,6 @@ def test_one_table_of_several():
     y = injection.inject(model.apply, method)({"params": tree.merge(*part)}, tokens)
     after = params["places"]["embedding"][2:5] + params["tokens"]["embedding"][jnp.array([1, 2, 3])]
     np.testing.assert_allclose(y[0], after, atol=1e-6)
+    for same in (None, Positioned.__call__):  # as linen takes it
+        again = injection.inject(model.apply, method)({"params": tree.merge(*part)}, tokens, method=same)
+        np.testing.assert_array_equal(again, y)
