@@ -69,10 +69,14 @@ def register(cls: type, view: ViewOf) -> None:
 
 
 def view_of(module: nn.Module, method_name: str, args: tuple, kwargs: dict) -> View | None:
-    """The view of this call, or None when it is no product of one kernel."""
+    """The view of this call, or None when it is no product of one kernel.
+
+    A subclass is seen as the class that it comes from where the method is that one's own.
+    """
     for cls in type(module).__mro__:
         if cls in _VIEWS:
-            return _VIEWS[cls](module, method_name, args, kwargs)
+            own = getattr(type(module), method_name, None) is getattr(cls, method_name, None)
+            return _VIEWS[cls](module, method_name, args, kwargs) if own else None
     return None
 
 
@@ -95,7 +99,7 @@ def _dense_general(module: nn.DenseGeneral, method_name, args, kwargs) -> View |
     n = len(axis)
 
     def rows(x):
-        x = jnp.moveaxis(x, axis, range(x.ndim - n, x.ndim))
+        x = jnp.moveaxis(x, sorted(a % x.ndim for a in axis), range(x.ndim - n, x.ndim))  # linen sorts them
         return x.reshape(*x.shape[: x.ndim - n], -1)
 
     def back(y):
@@ -150,12 +154,14 @@ def _conv(module: nn.Conv, method_name: str, args: tuple, kwargs: dict) -> View 
     size = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
     n = len(size)
     plain = module.padding in ("SAME", "VALID") or isinstance(module.padding, int | list | tuple)
-    if method_name != "__call__" or module.feature_group_count != 1 or not plain:
+    if method_name != "__call__" or module.feature_group_count != 1 or not plain or module.mask is not None:
         return None
 
     def each(value: Any) -> tuple:
         return (value,) * n if isinstance(value, int) or value is None else tuple(value)
 
+    if any(d not in (None, 1) for d in each(module.input_dilation)):
+        return None
     strides = tuple(s or 1 for s in each(module.strides))
     dilation = tuple(d or 1 for d in each(module.kernel_dilation))
     padding: Any = module.padding

@@ -25,6 +25,20 @@ def test_matrix_and_back(shape, perm, n_in, n_stack, expected):
     np.testing.assert_array_equal(views.from_matrix(matrix, perm, shape), kernel)
 
 
+class Narrow(nn.Dense):
+    """The class's own product."""
+
+    label: str = ""
+
+
+class Doubled(nn.Dense):
+    """More than the class's product."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
 def product(module, x, *args):
     """A call by its view, and by the module itself."""
     seen = []
@@ -54,6 +68,9 @@ def product(module, x, *args):
         (nn.DenseGeneral((4, 2)), (5, 3), ()),
         (nn.DenseGeneral(4, axis=(0, 2)), (5, 2, 3), ()),
         (nn.DenseGeneral((4, 2), axis=(-2, -1), use_bias=False), (5, 2, 3), ()),
+        (nn.DenseGeneral((4, 2), axis=(-1, -2)), (5, 2, 3), ()),
+        (nn.DenseGeneral(4, axis=(2, 0)), (5, 2, 3), ()),
+        (Narrow(4), (2, 3), ()),
         (nn.Einsum((2, 3, 4), "BTD,NDH->BTNH", use_bias=False), (5, 6, 3), ()),
         (nn.Einsum((3, 2, 4), "BTD,DNH->BTNH"), (5, 6, 3), ()),
         (nn.Einsum((3, 4), None, use_bias=False), (5, 3), ("BD,DF->BF",)),
@@ -93,6 +110,9 @@ def test_a_view_is_the_product(module, shape, args):
         (nn.Einsum((3, 4), "...D,DH->...H", use_bias=False), (5, 3)),
         (nn.Conv(6, (2, 2), feature_group_count=3), (2, 5, 6, 3)),
         (nn.Conv(4, (2,), padding="CIRCULAR"), (2, 7, 3)),
+        (nn.Conv(4, (2,), mask=jnp.ones((2, 3, 4))), (2, 7, 3)),
+        (nn.Conv(4, (2,), input_dilation=2, padding=1), (2, 7, 3)),
+        (Doubled(4), (2, 3)),
     ],
 )
 def test_what_is_no_product_of_one_kernel(module, shape):
