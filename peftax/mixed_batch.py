@@ -100,7 +100,7 @@ def _method(ranks: dict[str, list[int]], widest: int, *, gains: bool) -> Method:
         y = matmul(x, k.w) + _update(theta, x, which, widest)
         if "gain" in theta:
             gain = theta["gain"][which]
-            y = y * gain.reshape(len(which), *(1,) * (y.ndim - 2), -1)
+            y = (y * gain.reshape(len(which), *(1,) * (y.ndim - 2), -1)).astype(y.dtype)
         return y if k.b is None else y + last(k.b, y)
 
     def shaped(theta, x, k: Kernel, ctx: Ctx):
@@ -108,7 +108,7 @@ def _method(ranks: dict[str, list[int]], widest: int, *, gains: bool) -> Method:
             return call(theta, x, k, ctx)
         return call(theta, x[:, None], k, ctx)[:, 0]
 
-    return lift.per_kernel("mixed", init=init, call=shaped, fold=None, axes=AXES, settings=settings)
+    return lift.per_kernel("mixed", init=init, call=shaped, fold=None, axes=AXES, settings=settings, exact=("gain",))
 
 
 def _rows(ctx: Ctx, x: jax.Array) -> jax.Array:
@@ -157,5 +157,6 @@ def _gains(each: Sequence[dict[str, np.ndarray] | None], w: np.ndarray) -> np.nd
     gains = np.ones((len(each) + 1, w.shape[1]), np.float32)
     for i, x in enumerate(each):
         if x is not None and "m" in x:
-            gains[i] = x["m"] / np.linalg.norm(w + x["scale"] * (x["a"] @ x["b"]), axis=0)
+            length = np.linalg.norm(w + x["scale"] * (x["a"] @ x["b"]), axis=0)
+            gains[i] = np.divide(x["m"], length, out=np.zeros_like(length), where=length > 0)
     return gains

@@ -69,12 +69,12 @@ def dora(
         }
 
     def per_length(theta, k: Kernel):
-        """1 / the length of every column of W + s A B: [out]."""
+        """1 / the length of every column of W + s A B, 0 of a column of zeros: [out] f32."""
         a, b, s, w2 = (jax.lax.stop_gradient(theta[n].astype(jnp.float32)) for n in ("a", "b", "scale", "w2"))
         turned = jax.lax.optimization_barrier(a.T.astype(k.w.dtype))  # XLA on a CPU has no bf16 product of its turn
         across = matmul(turned, k.w).astype(jnp.float32)
         norm2 = w2 + jnp.sum(b * (2 * s * across + s * s * ((a.T @ a) @ b)), axis=0)
-        return kept(jax.lax.rsqrt(norm2))
+        return kept(jnp.where(norm2 > 0, jax.lax.rsqrt(norm2), 0))
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         low = narrow(ctx.drop(x, dropout), theta["a"])
@@ -99,6 +99,7 @@ def dora(
         adapter=adapter,
         needs="norms",
         keeps=True,
+        exact=("m", "w2"),  # a gain near 1 would be rounded to it
     )
     trained = rows.beside("dora", tokens, target, adapter=adapter)
     return lift.with_base(adapted, target, bias=bias, beside=trained, config=config)
@@ -114,7 +115,7 @@ def stretch(y: jax.Array, m: jax.Array, per_length: jax.Array) -> jax.Array:
 
     Args:
       y: [..., out].
-      m, per_length: [out].
+      m, per_length: [out] f32.
 
     Returns:
       z: [..., out].
@@ -123,7 +124,7 @@ def stretch(y: jax.Array, m: jax.Array, per_length: jax.Array) -> jax.Array:
 
 
 def _stretch_forward(y, m, per_length):
-    z = kept(y * last((m * per_length).astype(y.dtype), y))  # seen by remat, as a name inside `stretch` is not
+    z = kept((y * last(m * per_length, y)).astype(y.dtype))  # seen by remat, as a name inside `stretch` is not
     return z, (z, m, per_length)
 
 
@@ -131,7 +132,7 @@ def _stretch_backward(saved, dz):
     z, m, per_length = saved
     dm = jnp.sum(dz.astype(jnp.float32) * z.astype(jnp.float32), axis=tuple(range(z.ndim - 1)))
     dm = dm / jnp.where(m == 0, 1, m).astype(jnp.float32)
-    return dz * last((m * per_length).astype(dz.dtype), dz), dm.astype(m.dtype), jnp.zeros_like(per_length)
+    return (dz * last(m * per_length, dz)).astype(dz.dtype), dm.astype(m.dtype), jnp.zeros_like(per_length)
 
 
 stretch.defvjp(_stretch_forward, _stretch_backward)

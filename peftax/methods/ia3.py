@@ -54,9 +54,9 @@ def ia3(
 
     def call(theta, x, k: Kernel, ctx: Ctx):
         if "l_in" in theta:
-            return linear(x * last(theta["l_in"], x), k.w, k.b)
+            return linear((x * last(theta["l_in"], x)).astype(x.dtype), k.w, k.b)
         y = linear(x, k.w, k.b)
-        return y * last(theta["l_out"], y)
+        return (y * last(theta["l_out"], y)).astype(y.dtype)
 
     def fold(theta, k: Kernel) -> Kernel:
         if "l_in" in theta:
@@ -64,7 +64,15 @@ def ia3(
         return k.replace(w=k.w * theta["l_out"], b=None if k.b is None else k.b * theta["l_out"][0])
 
     adapted = lift.per_kernel(
-        "ia3", init=init, call=call, fold=fold, axes=AXES, settings=settings, targets=target, adapter=adapter
+        "ia3",
+        init=init,
+        call=call,
+        fold=fold,
+        axes=AXES,
+        settings=settings,
+        targets=target,
+        adapter=adapter,
+        exact=("l_out", "l_in"),  # what is near 1 would be rounded to it
     )
     return lift.with_base(adapted, target, config=config)
 

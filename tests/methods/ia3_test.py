@@ -1,6 +1,8 @@
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from peftax.core.method import Ctx, Kernel
 from peftax.methods.ia3 import ia3
 from tests.methods import hand
 
@@ -18,6 +20,22 @@ def test_by_hand_feedforward():
     y, kernel, bias = hand.outcome(method, {"l_in": jnp.array([[3.0], [4.0]])})
     assert y == [[20.0, 17.0, 4.0]]
     assert kernel == [[3.0, 0.0, 3.0], [8.0, 8.0, 0.0]] and bias == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("leaf, shape", [("l_out", (1, 40)), ("l_in", (40, 1))])
+def test_a_small_gain_acts_in_bf16(leaf, shape):
+    """1.0015 is 1 in bf16."""
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((40, 40), (30, 40)))
+
+    def call(gain):
+        theta = {"default": {leaf: jnp.full(shape, gain)}}
+        return ia3(targets=["any"]).parts[0].call(theta, x, Kernel(w), Ctx(), "")
+
+    before, after = call(1.0), call(1.0015)
+    assert before.dtype == after.dtype == jnp.bfloat16
+    before, after = (float(jnp.sum(jnp.abs(y.astype(jnp.float32)))) for y in (before, after))
+    assert after / before == pytest.approx(1.0015, abs=4e-4)
 
 
 def test_other_biases_do_not_train():

@@ -28,7 +28,8 @@ def module(name: str) -> ModuleType:
 
 
 def padded(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """Factors of a decomposition, with zeros to `rank` where it is above the kernel's smaller side: they do nothing, and
-    files and counts have the rank that was asked for."""
+    """A decomposition's factors, with zeros to `rank` where it is above the kernel's smaller side: they do nothing,
+    and files and counts have the rank that was asked for.
+    """
     more = rank - a.shape[1]
     return jnp.pad(a, ((0, 0), (0, more))), jnp.pad(b, ((0, more), (0, 0)))
