@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from peftax.core import quantization, tree
 from peftax.core.method import Ctx, Kernel, Method, Partition, chain
-from peftax.core.sites import Place, Site
+from peftax.core.sites import Place, Site, Sites
 from peftax.core.targets import Targets
 from peftax.ops.product import kept, linear
 from peftax.ops.qtensor import dense
@@ -271,6 +271,19 @@ def select(
       modules: raise when one of these is the end of no name of a module that holds a leaf, or of a tied head's alone
         whose table does not train.
     """
+    trains = lambda leaf, sites: chosen(leaf)  # noqa: E731
+    return _select(name, trains, config=config, required=required, modules=modules)
+
+
+def _select(
+    name: str,
+    trains: Callable[[str, Sites], bool],
+    *,
+    config: Mapping[str, Any] | None = None,
+    required: bool = False,
+    modules: Sequence[str] = (),
+) -> Method:
+    """`select`, whose choice may ask what the model's sites are."""
 
     def init(key, params, sites) -> Partition:
         del key
@@ -283,7 +296,7 @@ def select(
                 raise ValueError(f"{name}: module {m!r} is not in the model; the nearest: {near}")
 
         def take(path: str) -> bool:
-            votes = [chosen(n) for n in sites.names(path)]
+            votes = [trains(n, sites) for n in sites.names(path)]
             if any(votes) and not all(votes):
                 raise ValueError(
                     f"{name}: {path!r} holds all layers in one array and only {sum(votes)} of {len(votes)} are "
@@ -315,7 +328,7 @@ def select(
         return Partition(frozen, jax.tree.map(_exact, trainable))
 
     plain = {"fold": lambda params, sites: dict(params), "pads": True}  # it has no rank
-    return Method(name=name, init=init, chosen=chosen, config=config or {}, **plain)
+    return Method(name=name, init=init, chosen=trains, config=config or {}, **plain)
 
 
 def with_base(
@@ -335,23 +348,24 @@ def with_base(
     if bias not in kinds:
         raise ValueError(f"{adapted.name}: bias {bias!r} is none of {', '.join(map(repr, kinds))}")
 
-    def chosen(name: str) -> bool:
+    def trains(name: str, sites: Sites) -> bool:
         module, _, leaf = name.rpartition(".")
-        if targets.trains_whole(module):
-            return True
-        return leaf == "bias" and (bias == "all" or (bias != "none" and targets.match(module, "linear")))
+        if targets.trains_whole(module) or bias == "none" or leaf != "bias":
+            return targets.trains_whole(module)
+        return bias == "all" or any(targets.match(module, s.kind) for s in sites.values() if module in s.names)
 
-    trained = select("modules_to_save", chosen, required=False, modules=targets.whole)
+    trained = _select("modules_to_save", trains, modules=targets.whole)
     return chain(adapted, *beside, trained, name=adapted.name, config=config)
 
 
 def with_modules(method: Method, modules: Sequence[str]) -> Method:
     """Any method, and beside it modules of the base (ends of their names) that train whole, as far as they do not."""
 
-    def chosen(name: str) -> bool:
-        return name.rpartition(".")[0].endswith(tuple(modules)) and not (method.chosen and method.chosen(name))
+    def trains(name: str, sites: Sites) -> bool:
+        here = name.rpartition(".")[0].endswith(tuple(modules))
+        return here and not (method.chosen and method.chosen(name, sites))
 
-    trained = select("modules_to_save", chosen, required=False, modules=modules)
+    trained = _select("modules_to_save", trains, modules=modules)
     return chain(method, trained, name=method.name, config={**method.config, "modules_to_save": tuple(modules)})
 
 

@@ -91,6 +91,7 @@ class Method:
     front:  virtual tokens that it puts before the first, which a cache has to hold.
     tied:   leaves at a table act at a head tied to it too, and a fold leaves the two tied.
     penalty: (params, sites) -> scalar that training adds to the mean loss.
+    chosen: (Hugging Face name of a leaf of the base, sites) -> does it train as it is?
     wrap:   (optimizer, steps of the run, sites) -> an optimizer that sees raw gradients and the whole trainable tree.
     pads:   zeros behind a leaf's rank change nothing and stay zeros in training, so that runs of other ranks may share
             a program.
@@ -113,7 +114,7 @@ class Method:
     penalty: Callable[..., jax.Array] | None = None
     wrap: Callable[..., Any] | None = None
     settings: Callable[[str, str], dict[str, Any] | None] | None = None
-    chosen: Callable[[str], bool] | None = None
+    chosen: Callable[[str, Any], bool] | None = None
     needs: str = "product"
     pads: bool = False
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -121,14 +122,31 @@ class Method:
 
 
 def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] | None = None) -> Method:
-    """Several methods as one, applied left to right. Overlapping kernels or leaves raise at init."""
+    """Several methods as one, applied left to right. Two that train one leaf raise at init."""
 
     def init(key, params, sites) -> Partition:
-        frozen, trainable = dict(params), {}
+        frozen, trainable, wholes = dict(params), {}, []
         for i, method in enumerate(methods):
-            part = method.init(jax.random.fold_in(key, i) if i else key, frozen, sites)
-            frozen, trainable = part.frozen, tree.merge(trainable, part.trainable)
-        return Partition(frozen, trainable)
+            of_method = jax.random.fold_in(key, i) if i else key
+            for j, part in enumerate(parts(method)):
+                own = jax.random.fold_in(of_method, j) if j else of_method
+                if part.call is None:  # what trains of the base is chosen when all others have seen it
+                    wholes.append((part, own))
+                    continue
+                frozen, more = part.init(own, frozen, sites)
+                trainable = tree.merge(trainable, more)
+        base, holder = tree.flatten(params).keys(), {}
+        for part, own in wholes:
+            bare = tree.split(frozen, lambda path: path in base)[1]
+            for path, leaf in tree.flatten(part.init(own, bare, sites).trainable).items():
+                if path in holder:
+                    raise ValueError(
+                        f"chain: {holder[path][0]} and {part.name} both train {path!r}; one must leave it out"
+                    )
+                holder[path] = part.name, leaf
+        _check_starts(methods, holder, sites)
+        whole = tree.unflatten({path: leaf for path, (_, leaf) in holder.items()})
+        return Partition(tree.split(frozen, lambda path: path in holder)[0], tree.merge(trainable, whole))
 
     def fold(params, sites):
         for method in methods:
@@ -154,8 +172,8 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
             optimizer = method.wrap(optimizer, steps, sites) if method.wrap else optimizer
         return optimizer
 
-    def chosen(name: str) -> bool:
-        return any(m.chosen(name) for m in methods if m.chosen)
+    def chosen(name: str, sites) -> bool:
+        return any(m.chosen(name, sites) for m in methods if m.chosen)
 
     return Method(
         name=name or "+".join(m.name for m in methods),
@@ -172,6 +190,18 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
         needs=max((m.needs for m in methods), key=("product", "norms", "dense").index, default="product"),
         config=config or (dict(methods[0].config) if len(methods) == 1 else {m.name: dict(m.config) for m in methods}),
     )
+
+
+def _check_starts(methods: Sequence[Method], holder: Mapping[str, Any], sites) -> None:
+    """Raise where a kernel trains whole of which a part keeps what it was at the start."""
+    for part in (p for m in methods for p in parts(m) if p.move or p.needs == "norms"):
+        for site in (s for s in sites.values() if s.kind in ("linear", "conv") and s.kernel in holder):
+            assert part.settings is not None  # a method with leaves at sites has targets
+            if any(part.settings(n, site.kind) is not None for n in site.names):
+                raise ValueError(
+                    f"chain: {part.name} stands on {site.kernel!r} as it was at its start, and "
+                    f"{holder[site.kernel][0]} trains it; one must leave it out"
+                )
 
 
 def parts(method: Method) -> tuple[Method, ...]:

@@ -305,16 +305,19 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 def _load_chain(folder: Path, name: str, raw, params, sites: Sites, adapter: str):
     """As `load`; the raw config holds each method's own under its name."""
-    frozen, trainable, pieces = dict(params), {}, []
+    held, trainable, pieces = dict(params), {}, []
     for own in methods.chained(name):
         methods.module(own)
-        method, part, raw[own] = load(folder / own, frozen, sites, adapter=adapter)
+        method, part, raw[own] = load(folder / own, held, sites, adapter=adapter)
         if method.name != own:
             raise ValueError(f"{folder / own}: holds {method.name!r}, where {folder / OWN_CONFIG} says {own!r}")
-        frozen, trainable = part.frozen, tree.merge(trainable, part.trainable)
+        trainable = tree.merge(trainable, part.trainable)
+        of_base = {p: x for p, x in tree.flatten(held).items() if p in tree.flatten(part.trainable)}
+        held = tree.merge(part.frozen, tree.unflatten(of_base))  # the next may stand where this one trains
         pieces.append(method)
     whole = chain(*pieces, name=name, config={m.name: dict(m.config) for m in pieces})
-    return whole, Partition(frozen, trainable), raw
+    trains = tree.flatten(trainable)
+    return whole, Partition(tree.split(held, lambda path: path in trains)[0], trainable), raw
 
 
 def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Method, Partition]]:
@@ -326,7 +329,7 @@ def _divided(part: Partition, method: Method, sites: Sites) -> Iterator[tuple[Me
 
         def mine(path: str, piece=piece, choices=choices) -> bool:
             return is_theta(path, piece) or (
-                not is_theta(path, method) and any(chosen(n) for chosen in choices for n in sites.names(path))
+                not is_theta(path, method) and any(chosen(n, sites) for chosen in choices for n in sites.names(path))
             )
 
         own = {path: left.pop(path) for path in list(left) if mine(path)}
@@ -446,7 +449,7 @@ def _whole(path: str, leaf: Any, method: Method, sites: Sites) -> Iterator[tuple
 def _holder(path: str, method: Method, sites: Sites) -> Method:
     """The part that trains this leaf of the base."""
     name = sites.names(path)[0]
-    return next(m for m in parts(method) if m.chosen and m.chosen(name))
+    return next(m for m in parts(method) if m.chosen and m.chosen(name, sites))
 
 
 def _tied(trainable: Mapping[str, Any], sites: Sites) -> dict[str, str]:

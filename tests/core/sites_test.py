@@ -462,6 +462,6 @@ def test_chain_of_kernels_and_leaves():
     both = chain(lora(rank=2), biases)
     part = toys.start(both, params, all_sites)
     assert "up/bias" in tree.flatten(part.trainable) and "up/lora/default/a" in tree.flatten(part.trainable)
-    with pytest.raises(ValueError, match="both trees hold"):
+    with pytest.raises(ValueError, match="biases and biases both train .up/bias."):
         twice = dataclasses.replace(biases, init=lambda k, p, s: biases.init(k, params, s))
         chain(biases, twice).init(jax.random.key(0), params, all_sites)

@@ -60,16 +60,16 @@ def test_a_column_of_zeros_stays_one():
 
 
 def test_a_small_change_of_length_acts_in_bf16():
-    """A gain of 1.0015 is 1 in bf16."""
+    """A gain of 1.003 is 1 in bf16."""
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((5, 40), (30, 5)))
     w2 = jnp.sum(w.astype(jnp.float32) ** 2, 0)
     theta = {"a": jnp.ones((5, 1)), "b": jnp.zeros((1, 40)), "m": jnp.sqrt(w2), "w2": w2, "scale": jnp.float32(2.0)}
     call = _call(dora(rank=1, targets=["any"]))
-    before, after = (call({**theta, "m": g * theta["m"]}, x, Kernel(w), Ctx()) for g in (1.0, 1.0015))
+    before, after = (call({**theta, "m": g * theta["m"]}, x, Kernel(w), Ctx()) for g in (1.0, 1.003))
     assert before.dtype == after.dtype == jnp.bfloat16
     before, after = (float(jnp.sum(jnp.abs(y.astype(jnp.float32)))) for y in (before, after))
-    assert after / before == pytest.approx(1.0015, abs=4e-4)
+    assert after / before == pytest.approx(1.003, abs=1e-3)
 
 
 def test_norm_makes_no_dense_update():

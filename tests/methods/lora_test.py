@@ -16,6 +16,7 @@ from peftax.methods import lora as file
 from peftax.methods.lora import lora
 from peftax.train import loss, optimizers
 from peftax.train.step import State, make_step
+from tests.core import toys
 from tests.methods import tiny
 
 
@@ -304,3 +305,14 @@ def test_a_bias_on_b():
 def _without_bias(x):
     model = nn.Sequential([nn.Dense(3, use_bias=False)])
     return sites.find(model.apply, {"layers_0": {"kernel": jnp.ones((2, 3))}}, x)
+
+
+def test_biases_of_its_targets_alone():
+    """Neither a norm's nor, of all linear modules, a convolution's."""
+    _, params, _, found = toys.found("encoder")
+    trained = tree.flatten(toys.start(lora(bias="lora_only"), params, found).trainable)
+    biases = {path for path in trained if path.endswith("/bias")}
+    assert biases == {f"attention/{n}/bias" for n in ("query", "key", "value", "out")} | {"out/bias"}
+    _, params, _, found = toys.found("cnn")
+    trained = tree.flatten(toys.start(lora(bias="lora_only"), params, found).trainable)
+    assert {path for path in trained if path.endswith("/bias")} == {"head/bias"}

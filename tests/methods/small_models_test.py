@@ -135,7 +135,7 @@ class Case:
         places = [*self.sites.values(), *self.sites.blocks.values()]
         leaves = [n for path in tree.flatten(self.params) for n in self.sites.names(path)]
         reached = all(any(m.settings(n, p.kind) is not None for p in places for n in p.names) for m in self.acting)
-        return reached and (bool(self.acting) or any(map(self.method.chosen, leaves)))
+        return reached and (bool(self.acting) or any(self.method.chosen(n, self.sites) for n in leaves))
 
     @functools.cached_property
     def start(self):
