@@ -103,10 +103,15 @@ def _interceptor(
         if len(found) > 1 and any(m.share is None for m, _ in found):
             raise ValueError(f"inject: {' and '.join(m.name for m, _ in found)} meet at {path!r}; one must go")
         held = None if view.n_stack else rows  # the first axis may number experts
-        call_args = (_hold(call_args[0], held), *call_args[1:])
+        if not call_args:  # all by name: the first array is x
+            given = [x for x in call_kwargs.values() if isinstance(x, jax.Array)]
+        else:
+            given = call_args = (_hold(call_args[0], held), *call_args[1:])
+        if not given:
+            return enter(module, next_fun, call_args, call_kwargs)
         if not found and not isinstance(module.variables.get("params", {}).get(view.kernel), QTensor):
             return _hold(enter(module, next_fun, call_args, call_kwargs), held, whole=view.kind == "embed")
-        x, kernel = _kernel(view, module, call_args[0], held, specs)
+        x, kernel = _kernel(view, module, given[0], held, specs)
         reached.update(_leaf(path, m) for m, _ in found)
         leaves = {m.name: own for m, own in found}
         call = functools.partial(at_site, [m for m, _ in found], _template(path))

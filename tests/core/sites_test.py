@@ -465,3 +465,22 @@ def test_chain_of_kernels_and_leaves():
     with pytest.raises(ValueError, match="biases and biases both train .up/bias."):
         twice = dataclasses.replace(biases, init=lambda k, p, s: biases.init(k, params, s))
         chain(biases, twice).init(jax.random.key(0), params, all_sites)
+
+
+class Named(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="down")(nn.tanh(nn.Dense(7, name="up")(inputs=x)))
+
+
+@pytest.mark.parametrize("targets", [["up"], ["down"]])
+def test_a_module_that_is_called_by_name(targets):
+    _, params, x, _ = found("mlp")
+    params = {**params, "down": {**params["down"], "bias": jnp.ones(3)}}
+    model, method = Named(), lora(targets=targets, rank=2)
+    all_sites = sites.find(model.apply, params, x)
+    part = toys.start(method, params, all_sites)
+    merged = tree.merge(part.frozen, toys.perturb(part.trainable))
+    y = toys.run(model, method, merged, x)
+    toys.close(y, model.apply({"params": toys.fold(method, merged, all_sites)}, x), 1e-5)
+    assert float(jnp.abs(y - model.apply({"params": params}, x)).max()) > 1e-2
