@@ -236,8 +236,13 @@ def per_block(
 
     def call_block(leaves, run, args, ctx, where):
         theta, ctx = _enter(leaves, adapter, ctx, where)
-        first = next(a for a in args if isinstance(a, jax.Array))
-        return call(_cast(theta, first.dtype), run, args, ctx)
+        floating = [a.dtype for a in args if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)]
+        if not floating:
+            raise ValueError(
+                f"{name}: {where!r} is given no array of floating numbers, so that nothing says in what dtype it "
+                "works; take it out of targets, or target the module around it"
+            )
+        return call(_cast(theta, floating[0]), run, args, ctx)
 
     return Method(
         name=name,

@@ -5,6 +5,7 @@ import pytest
 
 from peftax.core import injection, sites, tree
 from peftax.methods.adapter import adapter
+from tests.core import toys
 from tests.methods import tiny
 
 
@@ -67,3 +68,12 @@ def test_errors():
     with pytest.raises(ValueError, match="match no module"):
         adapter(targets=["no_such"]).init(jax.random.key(0), tiny.params(), tiny.found())
     assert adapter().fold is None
+
+
+def test_a_module_that_is_given_no_floating_numbers():
+    """The token ids of a table: leaves in their dtype would be whole numbers."""
+    model, params, ids, found = toys.found("tied")
+    method = adapter(size=4, targets=["embed"])
+    part = toys.start(method, params, found)
+    with pytest.raises(ValueError, match="adapter: 'embed' is given no array of floating numbers"):
+        toys.run(model, method, tree.merge(*part), ids)
