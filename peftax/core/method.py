@@ -194,7 +194,7 @@ def chain(*methods: Method, name: str | None = None, config: Mapping[str, Any] |
 
 def _check_starts(methods: Sequence[Method], holder: Mapping[str, Any], sites) -> None:
     """Raise where a kernel trains whole of which a part keeps what it was at the start."""
-    for part in (p for m in methods for p in parts(m) if p.move or p.needs == "norms"):
+    for part in (p for m in methods for p in parts(m) if p.call and (p.move or p.needs == "norms")):
         for site in (s for s in sites.values() if s.kind in ("linear", "conv") and s.kernel in holder):
             assert part.settings is not None  # a method with leaves at sites has targets
             if any(part.settings(n, site.kind) is not None for n in site.names):
