@@ -38,8 +38,9 @@ class Targets:
     def __post_init__(self):
         if not self.modules and not self.parameters:
             raise ValueError("targets: empty; give a regex, a list of module names, or 'all-linear'")
-        if isinstance(self.parameters, str):
-            raise ValueError(f"parameters: {self.parameters!r} is one string; give a list of names")
+        for field, value in (("parameters", self.parameters), ("modules_to_save", self.whole)):
+            if isinstance(value, str):
+                raise ValueError(f"{field}: {value!r} is one string; give a list of names")
         if self.layers is not None and isinstance(self.modules, str) and self.modules != "all-linear":
             raise ValueError("layers: works with a list of targets; with a regex put the numbers into it")
         for value in (self.modules, self.exclude):

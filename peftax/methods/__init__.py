@@ -57,6 +57,8 @@ def make(name: str, **settings) -> Method:
     chain, whose first method holds them.
     """
     parts, known = chained(name), defaults(name)
+    if isinstance(settings.get(WHOLE), str):
+        raise ValueError(f"{WHOLE}: {settings[WHOLE]!r} is one string; give a list of names")
     whole = tuple(settings.get(WHOLE) or ()) if WHOLE not in known else ()
     if whole and parts:
         first = settings.get(parts[0], {})

@@ -82,7 +82,7 @@ def adalora(
         raise ValueError(f"adalora: want every >= 1 and no negative steps: {every}, {first_steps}, {final_steps}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"adalora: dropout {dropout} must lie in [0, 1)")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     kinds = ("linear", "conv", "head")
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=kinds)
     masks = dict(rank_pattern or {})

@@ -53,7 +53,7 @@ def boft(
             raise ValueError(f"boft: {key} {value} must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"boft: dropout {dropout} must lie in [0, 1)")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     kinds = ("linear", "conv", "head")
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=kinds)
 

@@ -49,7 +49,7 @@ def c3a(
             raise ValueError(f"c3a: block {b} must be at least 1")
     if init not in INITS:
         raise ValueError(f"c3a: init {init!r} is none of {', '.join(map(repr, INITS))}")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "head"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:

@@ -51,9 +51,12 @@ def dora(
 ) -> Method:
     """Weight-decomposed low-rank adaptation of every target."""
     config = dict(locals())
-    if rank < 1:
-        raise ValueError(f"dora: rank {rank} must be at least 1")
-    whole = tuple(modules_to_save or ())
+    for r in (rank, *dict(rank_pattern or {}).values()):
+        if r < 1:
+            raise ValueError(f"dora: rank {r} must be at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dora: dropout {dropout} must lie in [0, 1)")
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:

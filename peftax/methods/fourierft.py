@@ -57,7 +57,7 @@ def fourierft(
             raise ValueError(f"fourierft: frequencies {n} must be at least 1")
     if init not in ("gaussian", "zeros"):
         raise ValueError(f"fourierft: init {init!r} is none of 'gaussian', 'zeros'")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "head"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:

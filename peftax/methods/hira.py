@@ -51,7 +51,7 @@ def hira(
         raise ValueError(f"hira: dropout {dropout} must lie in [0, 1)")
     if init not in STARTS:
         raise ValueError(f"hira: init {init!r} is none of {', '.join(map(repr, STARTS))}")
-    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=tuple(modules_to_save or ()))
+    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=modules_to_save or ())
 
     def start(key, k: Kernel):
         n_in, n_out = k.w.shape

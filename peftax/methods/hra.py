@@ -46,7 +46,7 @@ def hra(
     config = dict(locals())
     if rank < 1:
         raise ValueError(f"hra: rank {rank} must be at least 1")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     kinds = ("linear", "conv", "head")
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=kinds)
 

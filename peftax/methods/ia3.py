@@ -38,7 +38,7 @@ def ia3(
 ) -> Method:
     """Learned factors on keys, values and feed-forward activations."""
     config = dict(locals())
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv"))
     inputs = Targets(modules=feedforward) if feedforward else None
 

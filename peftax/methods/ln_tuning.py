@@ -31,7 +31,7 @@ def ln_tuning(
 ) -> Method:
     """The norms of the matching modules."""
     config = dict(locals())
-    target = Targets(modules=targets, exclude=exclude, whole=tuple(modules_to_save or ()), kinds=("norm",))
+    target = Targets(modules=targets, exclude=exclude, whole=modules_to_save or (), kinds=("norm",))
 
     def chosen(name: str) -> bool:
         return target.match(name.rpartition(".")[0], "norm")

@@ -58,7 +58,7 @@ def loha(
     for key, rate in (("dropout", dropout), ("module_dropout", module_dropout)):
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"loha: {key} {rate} must lie in [0, 1)")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "conv", "head"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:

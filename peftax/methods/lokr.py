@@ -71,7 +71,7 @@ def lokr(
         raise ValueError(f"lokr: decompose_factor {decompose_factor} must be -1 or at least 1")
     if init not in ("w1", "w2"):
         raise ValueError(f"lokr: init {init!r} is none of 'w1', 'w2'")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "head"))
 
     def settings(name: str, kind: str) -> dict[str, Any]:

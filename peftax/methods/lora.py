@@ -64,15 +64,16 @@ def lora(
 ) -> Method:
     """Low-rank adaptation of every target."""
     config = dict(locals())
-    if rank < 1:
-        raise ValueError(f"lora: rank {rank} must be at least 1")
+    for r in (rank, *dict(rank_pattern or {}).values()):
+        if r < 1:
+            raise ValueError(f"lora: rank {r} must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora: dropout {dropout} must lie in [0, 1)")
     if init == "loftq" and init_scale != 1:
         raise ValueError(
             f"lora: init_scale {init_scale} would spoil init='loftq', whose A B is what rounding took; drop it"
         )
-    whole, parameters = tuple(modules_to_save or ()), tuple(parameters or ())
+    whole, parameters = modules_to_save or (), tuple(parameters or ())
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, parameters=parameters)
     begin = inits.module(init)
 

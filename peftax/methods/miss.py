@@ -59,7 +59,7 @@ def miss(
         raise ValueError(f"miss: dropout {dropout} must lie in [0, 1)")
     if dropout and variant == "bat":
         raise ValueError("miss: variant 'bat' is a change of the kernel and drops no inputs; set dropout=0.0")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "head"))
 
     def init(key, k: Kernel):

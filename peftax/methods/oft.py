@@ -69,7 +69,7 @@ def oft(
         raise ValueError(f"oft: eps {eps} must be positive")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"oft: dropout {dropout} must lie in [0, 1)")
-    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=tuple(modules_to_save or ()))
+    target = Targets(modules=targets, exclude=exclude, layers=layers, whole=modules_to_save or ())
 
     def init(key, k: Kernel):
         n = k.w.shape[1] if k.kind == "embed" else k.w.shape[0]

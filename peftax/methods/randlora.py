@@ -65,7 +65,7 @@ def randlora(
         raise ValueError(f"randlora: rank {rank} must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"randlora: dropout {dropout} must lie in [0, 1)")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear",))
 
     def init(key, k: Kernel):

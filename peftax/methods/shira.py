@@ -50,7 +50,7 @@ def shira(
     config = dict(locals())
     if rank < 1:
         raise ValueError(f"shira: rank {rank} must be at least 1")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear", "head"))
 
     def init(key, k: Kernel):

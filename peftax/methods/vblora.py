@@ -63,7 +63,7 @@ def vblora(
         raise ValueError(f"vblora: topk {topk} must be at most vectors {vectors}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"vblora: dropout {dropout} must lie in [0, 1)")
-    whole = tuple(modules_to_save or ())
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear",))
 
     def init(key, k: Kernel):

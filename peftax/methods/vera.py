@@ -47,7 +47,9 @@ def vera(
     config = dict(locals())
     if rank < 1:
         raise ValueError(f"vera: rank {rank} must be at least 1")
-    whole = tuple(modules_to_save or ())
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"vera: dropout {dropout} must lie in [0, 1)")
+    whole = modules_to_save or ()
     target = Targets(modules=targets, exclude=exclude, layers=layers, whole=whole, kinds=("linear",))
 
     def init(key, k: Kernel):

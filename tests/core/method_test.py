@@ -4,6 +4,7 @@ import pytest
 from peftax import methods
 from peftax.core import lift
 from peftax.core.method import Method, Partition, chain, check_tasks, parts
+from peftax.methods.lora import lora
 from tests.core import toys
 
 
@@ -30,10 +31,10 @@ def test_chain():
 
 def test_the_first_method_of_a_chain_draws_the_same_alone():
     _, params, _, all_sites = toys.found("mlp")
-    lora = methods.make("lora", rank=2)
+    adapted = methods.make("lora", rank=2)
     biases = lift.select("biases", lambda name: name.endswith(".bias"))
-    alone = toys.start(lora, params, all_sites).trainable
-    chained = toys.start(chain(lora, biases), params, all_sites).trainable
+    alone = toys.start(adapted, params, all_sites).trainable
+    chained = toys.start(chain(adapted, biases), params, all_sites).trainable
     assert (alone["up"]["lora"]["default"]["a"] == chained["up"]["lora"]["default"]["a"]).all()
 
 
@@ -45,6 +46,27 @@ def test_a_method_misspelled():
 def test_a_setting_misspelled():
     with pytest.raises(TypeError, match="lora: no setting 'rnak'; the nearest: 'rank'"):
         methods.make("lora", rnak=4)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("lora", {"rank_pattern": {"up": 0}}, "lora: rank 0 must be at least 1"),
+        ("dora", {"rank_pattern": {"up": 0}}, "dora: rank 0 must be at least 1"),
+        ("dora", {"dropout": 1.0}, r"dora: dropout 1.0 must lie in \[0, 1\)"),
+        ("vera", {"dropout": -0.5}, r"vera: dropout -0.5 must lie in \[0, 1\)"),
+        ("prompt", {"modules_to_save": "lm_head"}, "modules_to_save: 'lm_head' is one string; give a list of names"),
+        ("lora+ia3", {"lora": {"modules_to_save": "norm"}}, "modules_to_save: 'norm' is one string"),
+    ],
+)
+def test_a_setting_that_cannot_be(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        methods.make(name, **settings)
+
+
+def test_one_module_to_save_is_a_list():
+    with pytest.raises(ValueError, match="modules_to_save: 'lm_head' is one string"):
+        lora(modules_to_save="lm_head")
 
 
 @pytest.mark.parametrize(
