@@ -209,6 +209,8 @@ def test_another_base_at_the_same_path(files, tmp_path, capsys):
 
 def test_checksum(files, tmp_path, capsys, monkeypatch):
     def pip(args, **_):
+        if "--dest" not in args:  # what asks git for its revision
+            return subprocess.CompletedProcess(args, 1, "", "")
         (Path(args[args.index("--dest") + 1]) / "a_base-1.0-py3-none-any.whl").write_bytes(b"other bytes")
         return subprocess.CompletedProcess(args, 0, "", "")
 
