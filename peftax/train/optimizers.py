@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -133,19 +134,19 @@ def _decayed(params, *, patterns: Sequence[str]) -> Any:
 
 
 def _check_numbers(o: Mapping[str, Any]) -> None:
-    for key in NUMBERS:
+    for key in (key for key in NUMBERS if key in o):
         value, below = o[key], 1 if key in ("b1", "b2") else math.inf
         if (key == "clip" and value is None) or isinstance(value, jax.Array):  # a population's rate is traced
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < below:
             want = "a number of 0 or more" + (f", below {below:g}" if below < math.inf else "")
             raise ValueError(f"config.optimizer.{key}={value!r}: want {want}")
     for key in ("no_decay", "factors"):
-        if isinstance(o[key], str):
+        if isinstance(o.get(key), str):
             raise ValueError(f"config.optimizer.{key}={o[key]!r}: want several in brackets, a comma behind each")
-    pairs = o["factors"].items() if isinstance(o["factors"], Mapping) else o["factors"]
-    for pair in pairs:
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[1], int | float):
+    factors = o.get("factors", ())
+    for pair in factors.items() if isinstance(factors, Mapping) else factors:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[1], numbers.Real):
             raise ValueError(f"config.optimizer.factors: {pair!r} is no (regex, factor); want (('/lora/.*/b$', 16.0),)")
 
 

@@ -188,7 +188,9 @@ def test_cache(folder, name, scan):
         close(got[row : row + 1, pad:], theirs(reference, ids[row : row + 1, pad:]))
 
 
-@pytest.mark.parametrize("extra", [{}, {"use_sliding_window": True, "num_attention_heads": 64}], ids=["plain", "window"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"use_sliding_window": True, "num_attention_heads": 64}], ids=["plain", "window"]
+)
 @pytest.mark.parametrize("kind", models.types())
 def test_keys_that_a_config_leaves_out_mean_what_they_mean_there(kind, extra):
     """Published files may hold only what differs from their class."""
