@@ -150,7 +150,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, *, base: setup.Base | 
     return {
         "trainable": trainable(run),
         "step": int(state.step),
-        "loss": last.get("loss", facts.get("loss")),  # of a run that was at its end already, what it was
+        "loss": facts.get("loss"),  # saved with the last step: also of a run that was at its end already
         "valid": facts.get("valid"),
         "best": facts["best"],
         "adapter": str(workdir / "adapter"),

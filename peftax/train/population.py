@@ -351,16 +351,10 @@ def train(
             _fail(folder, facts["failed"][i])  # again, where it was told to try once more and stands where it stood
             done.append(None)
             continue
-        best, ended = facts["best"][i], facts.get("loss", [None] * len(folders))[i]
+        best, losses = facts["best"][i], facts.get("loss") or [None] * len(folders)  # saved with the last step
         counted = loop.trainable(population.runs[i])
         done.append(
-            {
-                "trainable": counted,
-                "step": c["steps"],
-                "loss": last[i].get("loss", ended),
-                "valid": best[1],
-                "best": best,
-            }
+            {"trainable": counted, "step": c["steps"], "loss": losses[i], "valid": best[1], "best": best}
             | {"adapter": str(folder / "adapter")}
         )
     return done

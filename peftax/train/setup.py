@@ -72,6 +72,11 @@ class Base:
     labels: tuple[str, ...] = ()
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def both_ways(self) -> bool:
+        """Is it an encoder, whose tokens see those behind them? Nothing generates with one."""
+        return not hasattr(self.model, "init_cache")
+
     def load(self) -> Base:
         """The same base with its weights read onto their shards."""
         if self.unread is None:
@@ -312,7 +317,7 @@ def make_method(base: Base, settings: Mapping[str, Any]) -> Method:
         heads = [head for head in CLASSIFIERS if head in base.params]
         made[methods.WHOLE] = (*(made.get(methods.WHOLE) or ()), *heads)
     method = methods.make(**made)
-    if method.front and not hasattr(base.model, "init_cache"):
+    if method.front and base.both_ways:
         raise ValueError(
             f"config.method.name {settings['name']!r}: {base.config['model_type']} looks both ways, where prompts "
             "before a row mean something else in Hugging Face PEFT; the nearest is prefix"
@@ -534,9 +539,7 @@ def examples(
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
-    if not hasattr(
-        base.model, "init_cache"
-    ):  # an encoder, whose table of positions ends; packed texts have each its own
+    if base.both_ways:  # its table of positions ends; packed texts have each its own
         length = min(length, base.config.get("max_position_embeddings", length))
     encode = functools.partial(labelled.encode, labels=base.labels) if base.labels else chat.encode
     encoded, n = chat.encode_all(rows, tokenizer, length=length, policy=policy, split=split, encode=encode)
