@@ -60,9 +60,9 @@ class Together:
         return self.folder / f"{i}.err"
 
     def said(self, i: int) -> str:
-        """What a process printed; Gloo, which only CPUs use, prints too, from threads that cross."""
+        """A process's results; Gloo, which only CPUs use, prints too, from threads that cut each other's lines."""
         said = (self.folder / f"{i}.out").read_text().splitlines(keepends=True)
-        return "".join(line for line in said if line.strip() and not line.startswith("[Gloo]"))
+        return "".join(line for line in said if line.startswith("{"))
 
     def finish(self, started: list[subprocess.Popen], timeout: float = 300) -> None:
         codes = [p.wait(timeout) for p in started]
