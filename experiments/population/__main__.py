@@ -25,7 +25,11 @@ HERE = Path(__file__).parent
 GIB = 1 << 30
 MEMBERS = 8
 SINGLE = {"scanned": [], "scanned, no remat": ["--remat=none"], "unrolled, no remat": ["--scan=0", "--remat=none"]}
-MANY = {"own batches": [], "one batch for all": ["--shared=1"]}
+MANY = {
+    "own batches": [],
+    "own batches, unrolled, no remat": ["--scan=0", "--remat=none"],
+    "one batch for all": ["--shared=1"],
+}
 SIZES = {  # (rank, tokens of a member's only row): members
     (16, 512): (1, 8, 16, 32, 64),
     (4, 128): (1, 16, 64, 256),
