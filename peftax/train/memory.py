@@ -63,6 +63,11 @@ class Need:
     def total(self) -> int:
         return sum(getattr(self, kind) for kind in KINDS)
 
+    def of(self, members: int, at_once: int) -> Need:
+        """What members on one base need, of which so many compute at once; `self` is the largest member's."""
+        once = {kind: at_once * getattr(self, kind) for kind in ("gradients", "activations", "temporaries", "logits")}
+        return dataclasses.replace(self, adapters=members * self.adapters, optimizer=members * self.optimizer, **once)
+
     def __str__(self) -> str:
         kinds = ", ".join(f"{name} {size(getattr(self, kind))}" for kind, name in KINDS.items())
         return f"{size(self.total)}: {kinds} (one chunk of logits {size(self.logits)})"
@@ -112,13 +117,20 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     )
 
 
-def check(run: setup.Run, config: Mapping[str, Any]) -> Need:
-    """The estimate. Raises MemoryError with bytes by kind and what to change where the devices have less."""
-    need, there = estimate(run, config), free(run.base)
+def check(run: setup.Run, config: Mapping[str, Any], *, members: int = 1, at_once: int = 1) -> Need:
+    """The estimate. Raises MemoryError with bytes by kind and what to change where the devices have less.
+
+    Args:
+      members: of a population, of which so many compute at_once; `run` is the largest.
+    """
+    need, there = estimate(run, config).of(members, at_once), free(run.base)
     if there is not None and need.total > there:
+        fits = max(1, members * max(0, there - need.base) // (need.total - need.base))
+        fewer = [f"Give it members that are fewer: peftax sweep --together={fits}"] if members > 1 else []
         raise MemoryError(
-            f"a training step needs an estimated {need}; there are {size(there)}. "
-            f"{'; or '.join(changes(need, there, config))}; or config.train.check_memory=False, to start all the same"
+            f"a training step{f' of {members} members' if fewer else ''} needs an estimated {need}; "
+            f"there are {size(there)}. {'; or '.join(fewer or changes(need, there, config))}; "
+            "or config.train.check_memory=False, to start all the same"
         )
     return need
 

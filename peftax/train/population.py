@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftax import methods, recipe, weights
 from peftax.core import tree
 from peftax.core.method import Partition
-from peftax.train import evaluate, loop, optimizers, programs, setup, writers
+from peftax.train import evaluate, loop, memory, optimizers, programs, setup, writers
 from peftax.train.step import State, plain_step
 from peftax.weights.checkpoint import Checkpoints
 
@@ -152,8 +152,7 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
     state = jax.eval_shape(functools.partial(_states, run, config), rates, trainable)
     theta = jax.eval_shape(stack, [_split(r.part.frozen, base)[1] for r in runs])
     places = _in_front(programs.training(run, config).places)
-    most = CPU_TOKENS if base.mesh.devices.flat[0].platform == "cpu" else math.inf
-    step = jax.jit(_in_turn(one, axes, len(runs), most), donate_argnums=2, out_shardings=(places, None))
+    step = jax.jit(_in_turn(one, axes, len(runs), _most(base)), donate_argnums=2, out_shardings=(places, None))
     return Population(
         runs,
         programs.placed(frozen, base.places(frozen, method)),
@@ -163,6 +162,15 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
         seeds,
         step,
     )
+
+
+def check_memory(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> memory.Need:
+    """The estimate, from shapes; MemoryError where the devices have less. All are padded to the largest's shapes."""
+    largest = max(configs, key=lambda m: m["method"].get("rank") or 0)
+    c, data = largest["train"], largest["data"]
+    tokens = c["accumulate"] * c["batch_size"] * (data["train_length"] or data["length"])
+    together = _at_once(len(configs), tokens, _most(base))
+    return memory.check(setup.sketch(base, largest["method"]), largest, members=len(configs), at_once=together)
 
 
 def program(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> programs.Program:
@@ -178,6 +186,16 @@ def program(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> programs.
     return programs.Program(found.step, args, found.state, tree.merge(found.base, found.theta))
 
 
+def _at_once(members: int, tokens: int, most: float) -> int:
+    """How many members, each with so many tokens, compute together; the others take their turns."""
+    return max(n for n in range(1, members + 1) if members % n == 0 and (n == 1 or n * tokens <= most))
+
+
+def _most(base: setup.Base) -> float:
+    """How many tokens meet the base at once."""
+    return CPU_TOKENS if base.mesh.devices.flat[0].platform == "cpu" else math.inf
+
+
 def _in_turn(one: Any, axes: Sequence[int | None], members: int, most: float) -> Any:
     """The step of one member as one of all: together those whose tokens are `most` at most, one group after another.
 
@@ -187,8 +205,7 @@ def _in_turn(one: Any, axes: Sequence[int | None], members: int, most: float) ->
 
     def step(rates, seeds, state, theta, batch, frozen):
         shared = axes[4] is None
-        tokens = batch["tokens"].size // (1 if shared else members)
-        count = max(n for n in range(1, members + 1) if members % n == 0 and (n == 1 or n * tokens <= most))
+        count = _at_once(members, batch["tokens"].size // (1 if shared else members), most)
         if count == members:
             return some(rates, seeds, state, theta, batch, frozen)
 
@@ -260,6 +277,8 @@ def train(
         loop.claimed(folder, config)
     base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"])
     setup.check_mesh(base, configs[0], setup.make_method(base, configs[0]["method"]))
+    if c["check_memory"]:
+        check_memory(base, configs)
     base = base.load()
     orders = [m["data"]["seed"] for m in configs]
     streams = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftax.core import tree
-from peftax.train import population, programs, setup
+from peftax.train import memory, population, programs, setup
 from peftax.train.step import State
 from tests.train import tiny_run
 
@@ -251,4 +251,30 @@ def test_a_mesh_that_does_not_divide_the_rows(here, tmp_path):
     configs = [config_of(here, "lora", mesh__data=8, train__batch_size=6, optimizer__learning_rate=r) for r in (1, 2)]
     with pytest.raises(ValueError, match=r"train\.batch_size.* 6 is not divided by the mesh's data=8"):
         population.train(configs, [tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("most", [float("inf"), 8 * 64])
+def test_memory_is_estimated_as_the_compiler_has_it(here, monkeypatch, most):
+    """Also where members take turns: what only those need who compute is there once."""
+    monkeypatch.setattr(population, "CPU_TOKENS", most)
+    configs = [config_of(here, "lora", method__rank=rank) for rank in (2, 16, 4, 8)]
+    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"], devices=jax.devices()[:1])
+    need, program = population.check_memory(base, configs).total, population.program(base, configs)
+    real = program.run.lower(*program.args).compile().memory_analysis()
+    real = real.argument_size_in_bytes + real.output_size_in_bytes - real.alias_size_in_bytes + real.temp_size_in_bytes
+    assert real / 1.6 < need < 1.6 * real, need / real
+
+
+def test_too_little_memory_is_said_before_weights_are_read(here, tmp_path, monkeypatch):
+    configs = [config_of(here, "lora", optimizer__learning_rate=rate) for rate in (1e-3, 3e-3, 1e-2)]
+    outline = setup.outline
+    monkeypatch.setattr(setup, "outline", lambda **how: outline(**how, devices=jax.devices()[:1]))
+    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"])
+    one, three = (population.check_memory(base, configs[:n]) for n in (1, 3))
+    assert one.base == three.base and 3 * one.optimizer == three.optimizer
+    monkeypatch.setattr(memory, "available", lambda: three.total - 1)
+    says = r"a training step of 3 members needs .* Give it members that are fewer: peftax sweep --together=2; or"
+    with pytest.raises(MemoryError, match=says):
+        population.train(configs, [tmp_path / name for name in "abc"], tmp_path / "all")
     assert not list(tmp_path.iterdir())
