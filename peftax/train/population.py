@@ -33,6 +33,7 @@ from peftax.train.step import State, plain_step
 from peftax.weights.checkpoint import Checkpoints
 
 CPU_TOKENS = 512  # that meet the base at once there: more are no quicker, and leave the caches
+CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}  # else moments are copied, then changed in place
 
 FREE = {  # keys of a config in which members may differ, and ranks: see `fixed`
     "optimizer.learning_rate",
@@ -152,7 +153,9 @@ def sketch(base: setup.Base, configs: Sequence[Mapping[str, Any]], *, shared_bat
     state = jax.eval_shape(functools.partial(_states, run, config), rates, trainable)
     theta = jax.eval_shape(stack, [_split(r.part.frozen, base)[1] for r in runs])
     places = _in_front(programs.training(run, config).places)
-    step = jax.jit(_in_turn(one, axes, len(runs), _most(base)), donate_argnums=2, out_shardings=(places, None))
+    options = CPU_OPTIONS if _on_cpu(base) else None
+    turns = _in_turn(one, axes, len(runs), _most(base))
+    step = jax.jit(turns, donate_argnums=2, out_shardings=(places, None), compiler_options=options)
     return Population(
         runs,
         programs.placed(frozen, base.places(frozen, method)),
@@ -193,7 +196,11 @@ def _at_once(members: int, tokens: int, most: float) -> int:
 
 def _most(base: setup.Base) -> float:
     """How many tokens meet the base at once."""
-    return CPU_TOKENS if base.mesh.devices.flat[0].platform == "cpu" else math.inf
+    return CPU_TOKENS if _on_cpu(base) else math.inf
+
+
+def _on_cpu(base: setup.Base) -> bool:
+    return base.mesh.devices.flat[0].platform == "cpu"
 
 
 def _in_turn(one: Any, axes: Sequence[int | None], members: int, most: float) -> Any:

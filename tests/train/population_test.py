@@ -1,5 +1,7 @@
 """Members of a population against their single runs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,6 +230,17 @@ def test_the_base_is_read_in_one_product(here):
     assert two_of_them not in members.step.lower(*args).as_text("hlo").replace(
         f"f32[{','.join(map(str, kernel.shape))}]", ""
     )
+
+
+def test_the_optimizers_state_changes_in_place(here):
+    """None of it is copied first."""
+    configs = [config_of(here, "lora", optimizer__learning_rate=r) for r in (1e-3, 1e-2)]
+    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"], devices=jax.devices()[:1])
+    program = population.program(base, configs)
+    lines = program.run.lower(*program.args).compile().as_text().splitlines()
+    state = {line.split()[0] for line in lines if "parameter(" in line and "opt_state" in line}
+    copied = {of for line in lines for of in re.findall(r" copy\((%[\w.]+)\)", line)}
+    assert len(state) > 2 * 14 and not state & copied
 
 
 def test_members_that_failed_fail_again(here, tmp_path, monkeypatch):
