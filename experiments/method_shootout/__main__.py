@@ -22,6 +22,7 @@ from absl import logging
 from scipy import stats
 
 from experiments.method_shootout.arms import FIXED, RATE, SIZES, settings
+from experiments.method_shootout.seeds import SEEDS
 from experiments.sweeps import rates_of, require_finished
 from peftax import report, results, selection, sweep
 from peftax.report import figures
@@ -86,8 +87,9 @@ def ranking_in(into: Path) -> pd.DataFrame:
 
 
 def repeat(workdir: Path, into: Path) -> None:
-    """best.csv: the best arms with two more seeds."""
+    """best.csv: the best arms with two more seeds; on test also against the one that is best on valid."""
     rows: list[dict[str, Any]] = []
+    first: list[float] = []
     for arm in ranking_in(into).head(BEST).to_dict("records"):
         size, method = arm["size"], arm["method"]
         pairs = sweep.pairs({**settings(size, method), RATE: arm["own rate"]})
@@ -95,7 +97,10 @@ def repeat(workdir: Path, into: Path) -> None:
         require_finished(selection.run(seeds, folder, pairs, measures=OTHER, together=2))
         others = results.load(folder).sort_values("seed")
         test = [arm["test"], *others.test]
+        first = first or test
         row = {"method": method, "size": size, "test": np.mean(test), "± (seeds)": report.spread(test)}
+        row["more than the first on valid [95%]"] = "" if test is first else str(results.verdict(first, test))
+        row |= {f"test, seed {seed}": loss for seed, loss in zip((0, *SEEDS), test, strict=True)}
         for name in OTHER:
             change = others[f"metrics.{name}"] - others[f"metrics.{name} before"]
             row |= {f"{name}, change": change.mean(), f"± ({name})": report.spread(change)}
