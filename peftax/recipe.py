@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.machinery
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -156,10 +157,17 @@ def _module(name_or_path: str):
     if path.suffix == ".py":
         if not path.exists():
             raise FileNotFoundError(f"no recipe file {name_or_path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_loader(path.stem, _Source(path.stem, str(path)))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     if name_or_path not in (*shipped(), "default"):
         raise ValueError(f"no recipe {name_or_path!r}; shipped: {', '.join(shipped())}; or give the path of a .py file")
     return importlib.import_module(f"peftax.configs.{name_or_path.replace('/', '.')}")
+
+
+class _Source(importlib.machinery.SourceFileLoader):
+    """Without bytecode, which would lie beside a recipe and be taken for it when both are of one second and size."""
+
+    def get_code(self, fullname: str):
+        return self.source_to_code(self.get_data(self.path), self.path)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -133,3 +134,22 @@ def _plain(line: str) -> bool:
         f".{k} =" in line
         for k in ("warmup_steps", "b1", "b2", "eps", "dropout_seed", "weight_decay", "tensorboard", "valid_split")
     )
+
+
+def test_a_recipe_is_read_as_it_stands(tmp_path):
+    """Also when it was written twice in one second, with as many letters; nothing is laid beside it."""
+    file = tmp_path / "mine.py"
+    text = """\
+from peftax.configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.train.steps = {}
+    return config
+"""
+    for steps in (3, 7):
+        file.write_text(text.format(steps))
+        os.utime(file, (1e9, 1e9))
+        assert recipe.load(str(file)).train.steps == steps
+    assert list(tmp_path.iterdir()) == [file]
