@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +117,21 @@ def estimate(run: setup.Run, config: Mapping[str, Any]) -> Need:
     )
 
 
-def check(run: setup.Run, config: Mapping[str, Any], *, members: int = 1, at_once: int = 1) -> Need:
+def check(run: setup.Run, config: Mapping[str, Any], *, members: int = 1, at_once: Callable[[int], int] = int) -> Need:
     """The estimate. Raises MemoryError with bytes by kind and what to change where the devices have less.
 
     Args:
-      members: of a population, of which so many compute at_once; `run` is the largest.
+      members: of a population; `run` is the largest.
+      at_once: of so many members, how many compute together; by default all.
     """
-    need, there = estimate(run, config).of(members, at_once), free(run.base)
+    one, there = estimate(run, config), free(run.base)
+    need = one.of(members, at_once(members))
     if there is not None and need.total > there:
-        fits = max(1, members * max(0, there - need.base) // (need.total - need.base))
-        fewer = [f"Give it members that are fewer: peftax sweep --together={fits}"] if members > 1 else []
+        fits = max((m for m in range(1, members) if one.of(m, at_once(m)).total <= there), default=0)
+        fewer = [f"Give it members that are fewer: peftax sweep --together={fits}"] if fits else []
         raise MemoryError(
-            f"a training step{f' of {members} members' if fewer else ''} needs an estimated {need}; "
-            f"there are {size(there)}. {'; or '.join(fewer or changes(need, there, config))}; "
+            f"a training step{f' of {members} members' if members > 1 else ''} needs an estimated {need}; "
+            f"there are {size(there)}. {'; or '.join(fewer or changes(one, there, config))}; "
             "or config.train.check_memory=False, to start all the same"
         )
     return need

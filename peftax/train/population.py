@@ -172,7 +172,7 @@ def check_memory(base: setup.Base, configs: Sequence[Mapping[str, Any]]) -> memo
     largest = max(configs, key=lambda m: m["method"].get("rank") or 0)
     c, data = largest["train"], largest["data"]
     tokens = c["accumulate"] * c["batch_size"] * (data["train_length"] or data["length"])
-    together = _at_once(len(configs), tokens, _most(base))
+    together = functools.partial(_at_once, tokens=tokens, most=_most(base))
     return memory.check(setup.sketch(base, largest["method"]), largest, members=len(configs), at_once=together)
 
 

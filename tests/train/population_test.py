@@ -291,3 +291,19 @@ def test_too_little_memory_is_said_before_weights_are_read(here, tmp_path, monke
     with pytest.raises(MemoryError, match=says):
         population.train(configs, [tmp_path / name for name in "abc"], tmp_path / "all")
     assert not list(tmp_path.iterdir())
+
+
+def test_as_many_members_as_it_says_do_fit(here, monkeypatch):
+    """Also where they take turns, so that what is needed does not grow in step with them; none: as a single run."""
+    monkeypatch.setattr(population, "CPU_TOKENS", 8 * 64)
+    configs = [config_of(here, "lora", optimizer__learning_rate=10**-n) for n in range(1, 9)]
+    base = setup.outline(**configs[0]["model"], mesh=configs[0]["mesh"], devices=jax.devices()[:1])
+    needs = [population.check_memory(base, configs[:n]).total for n in range(1, 9)]
+    for there, fits in ((needs[4], 5), (needs[5] - 1, 5), (needs[0], 1)):
+        monkeypatch.setattr(memory, "available", lambda there=there: there)
+        with pytest.raises(MemoryError, match=f"--together={fits}; or"):
+            population.check_memory(base, configs)
+        population.check_memory(base, configs[:fits])
+    monkeypatch.setattr(memory, "available", lambda: needs[0] - 1)
+    with pytest.raises(MemoryError, match=r"step of 8 members .*Give it config\.train\.batch_size=7 instead of 8"):
+        population.check_memory(base, configs)
