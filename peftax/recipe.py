@@ -159,7 +159,10 @@ def _module(name_or_path: str):
             raise FileNotFoundError(f"no recipe file {name_or_path}")
         spec = importlib.util.spec_from_loader(path.stem, _Source(path.stem, str(path)))
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise ValueError(f"recipe {error.filename or path}, line {error.lineno}: {error.msg}") from error
         return module
     if name_or_path not in (*shipped(), "default"):
         raise ValueError(f"no recipe {name_or_path!r}; shipped: {', '.join(shipped())}; or give the path of a .py file")

@@ -153,3 +153,10 @@ def get_config():
         os.utime(file, (1e9, 1e9))
         assert recipe.load(str(file)).train.steps == steps
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_recipe_that_is_no_python_is_named_with_its_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("STEPS = 3\ndef get_config(:\n")
+    with pytest.raises(ValueError, match=r"^recipe .*mine\.py, line 2: invalid syntax$"):
+        recipe.load(str(file))
